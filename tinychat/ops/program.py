@@ -1,0 +1,201 @@
+"""The vocabulary of operations, and the recorder that a model description writes to.
+
+A model is plain Python that describes one step for a batch of T tokens. It is called once, at load,
+with a `Recorder`, and yields a `Program`: a flat list of operations over named buffers and weights.
+The number of tokens stays symbolic. `reference.py` says what each operation means.
+"""
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tinychat.gguf_file import QTensor
+
+PAGE_TOKENS = 32  # positions in one KV page; part of the promise that results never depend on batching
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Activations, float32 `(T, width)`; `rows` is "outputs" for the tokens whose logits are wanted."""
+
+    id: int
+    width: int
+    name: str
+    rows: str = "tokens"
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """Rotary position embedding, scaling already worked into the frequencies.
+
+    layout: "adjacent" turns pairs (x0,x1),(x2,x3)…; "halves" turns (x0,x[R/2]),(x1,x[R/2+1])…
+    inv_freq: float32 (R/2,), R being the rotated width; the rest of the head is copied.
+    magnitude: factor on both sine and cosine (yarn's attention factor).
+    """
+
+    layout: str
+    inv_freq: np.ndarray
+    magnitude: float = 1.0
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The shape of one attention layer; scores are `q·k * scale`, causal, over the last `window` positions (0: all)."""
+
+    n_head: int
+    n_head_kv: int
+    key_length: int
+    value_length: int
+    scale: float
+    window: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One operation: `out` is written from `inputs`, `weights` and `params`; a store has no `out`."""
+
+    name: str
+    out: Buffer | None
+    inputs: tuple[Buffer, ...]
+    weights: tuple[QTensor, ...] = ()
+    params: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """ops in order; `kv[i]` is the shape of KV layer i; `logits` is the last buffer, `(n_outputs, n_vocab)`."""
+
+    name: str
+    ops: tuple[Op, ...]
+    buffers: tuple[Buffer, ...]
+    kv: tuple[Heads, ...]
+    logits: Buffer
+
+    @property
+    def n_vocab(self) -> int:
+        return self.logits.width
+
+    def weights(self) -> list[QTensor]:
+        """Each weight once, in the order of first use."""
+        return list({id(w): w for op in self.ops for w in op.weights}.values())
+
+    def __str__(self) -> str:
+        return "\n".join([f"program {self.name}: {len(self.ops)} operations, {len(self.kv)} KV layers",
+                          *(_line(op) for op in self.ops)])
+
+
+def _line(op: Op) -> str:
+    out = f"{op.out.name}:{op.out.width} = " if op.out else ""
+    words = [b.name for b in op.inputs]
+    words += [f"{w.name}<{w.qtype.name} {'x'.join(map(str, w.shape))}>" for w in op.weights]
+    words += [f"{k}={_short(v)}" for k, v in op.params.items()]
+    return f"  {out}{op.name}({', '.join(words)})"
+
+
+def _short(value) -> str:
+    if isinstance(value, Rope):
+        return f"{value.layout}/{2 * len(value.inv_freq)}"
+    if isinstance(value, Heads):
+        window = f" window {value.window}" if value.window else ""
+        return f"{value.n_head}/{value.n_head_kv} heads of {value.key_length}{window}"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+class Recorder:
+    """Each method records one operation and returns the buffer it fills. E is n_embd, T the step's tokens."""
+
+    def __init__(self):
+        self._ops: list[Op] = []
+        self._buffers: list[Buffer] = []
+        self._kv: list[Heads] = []
+
+    def _record(self, name, width, inputs, weights=(), rows=None, **params) -> Buffer:
+        rows = rows or (inputs[0].rows if inputs else "tokens")
+        out = Buffer(len(self._buffers), width, f"b{len(self._buffers)}", rows)
+        self._buffers.append(out)
+        self._ops.append(Op(name, out, tuple(inputs), tuple(weights), params))
+        return out
+
+    def embed(self, weight: QTensor) -> Buffer:
+        """Rows of `weight (V, E)` at the batch's token ids -> (T, E)."""
+        return self._record("embed", weight.shape[1], (), (weight,))
+
+    def rmsnorm(self, x: Buffer, weight: QTensor, eps: float) -> Buffer:
+        """x / sqrt(mean(x²) + eps) * weight, over each group of len(weight) values: a row, or each head of it."""
+        assert x.width % weight.shape[0] == 0, (x, weight)
+        return self._record("rmsnorm", x.width, (x,), (weight,), eps=eps)
+
+    def linear(self, x: Buffer, weight: QTensor, bias: QTensor | None = None) -> Buffer:
+        """x (T, K) @ weight (N, K)ᵀ + bias (N,) -> (T, N)."""
+        assert weight.shape[1] == x.width, (x, weight)
+        return self._record("linear", weight.shape[0], (x,), (weight, *([bias] if bias else ())))
+
+    def rope(self, x: Buffer, head_dim: int, rope: Rope) -> Buffer:
+        """Turn each head of `x (T, n_head * head_dim)` by its token's position."""
+        return self._record("rope", x.width, (x,), head_dim=head_dim, rope=rope)
+
+    def attend(self, q: Buffer, k: Buffer, v: Buffer, heads: Heads) -> Buffer:
+        """Store k and v in a new KV layer at each token's position, then attend from q. Returns (T, n_head * value_length)."""
+        layer = len(self._kv)
+        self._kv.append(heads)
+        self._ops.append(Op("store_kv", None, (k, v), (), {"layer": layer}))
+        return self._record("attend", heads.n_head * heads.value_length, (q,), layer=layer, heads=heads)
+
+    def swiglu(self, gate: Buffer, up: Buffer) -> Buffer:
+        """silu(gate) * up, silu(x) = x / (1 + exp(-x))."""
+        return self._record("swiglu", gate.width, (gate, up))
+
+    def add(self, a: Buffer, b: Buffer, scale: float = 1.0) -> Buffer:
+        """a + scale * b."""
+        return self._record("add", a.width, (a, b), scale=float(scale))
+
+    def scale(self, x: Buffer, scale: float) -> Buffer:
+        """x * scale."""
+        return self._record("scale", x.width, (x,), scale=float(scale))
+
+    def outputs(self, x: Buffer) -> Buffer:
+        """The rows of x whose logits the batch asks for: (T, E) -> (n_outputs, E)."""
+        return self._record("outputs", x.width, (x,), rows="outputs")
+
+    def finish(self, name: str, logits: Buffer) -> Program:
+        return Program(name, tuple(self._ops), tuple(self._buffers), tuple(self._kv), logits)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One step's tokens, of any mix of sequences; each sequence's tokens stand in order of position.
+
+    tokens, positions, sequences: int32 (T,); sequences[t] is the row of `pages` that token t belongs to.
+    pages: int32 (n_sequences, max_pages); position p of sequence s lives in page pages[s, p // PAGE_TOKENS],
+    slot p % PAGE_TOKENS. Every position below a token's own must have been stored by this or an earlier step.
+    outputs: int32 (n_outputs,), indices into tokens of the rows whose logits are wanted; may be empty.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    sequences: np.ndarray
+    pages: np.ndarray
+    outputs: np.ndarray
+
+
+def plan_slots(program: Program) -> tuple[list[int], list[int]]:
+    """Give buffers that never live at the same time the same memory.
+
+    Returns the slot of each buffer and the width of each slot; "tokens" and "outputs" rows never share one.
+    """
+    last = {b.id: i for i, op in enumerate(program.ops) for b in (*op.inputs, *([op.out] if op.out else ()))}
+    last[program.logits.id] = len(program.ops)
+    slot_of, widths, kinds, free_at = [0] * len(program.buffers), [], [], []
+    for i, op in enumerate(program.ops):
+        if op.out is None:
+            continue
+        fit = [s for s, end in enumerate(free_at) if end < i and kinds[s] == op.out.rows]
+        if fit:
+            slot = min(fit, key=lambda s: abs(widths[s] - op.out.width))
+        else:
+            slot = len(widths)
+            widths.append(0)
+            kinds.append(op.out.rows)
+            free_at.append(-1)
+        slot_of[op.out.id], free_at[slot] = slot, last[op.out.id]
+        widths[slot] = max(widths[slot], op.out.width)
+    return slot_of, widths
