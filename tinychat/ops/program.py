@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tinychat.errors import KernelError
 from tinychat.gguf_file import QTensor
 
 PAGE_TOKENS = 32  # positions in one KV page; part of the promise that results never depend on batching
@@ -29,6 +30,7 @@ class Rope:
 
     layout: "adjacent" turns pairs (x0,x1),(x2,x3)…; "halves" turns (x0,x[R/2]),(x1,x[R/2+1])…
     inv_freq: float32 (R/2,), R being the rotated width; the rest of the head is copied.
+    The angle is float32(position) * inv_freq, rounded to float32 before sine and cosine are taken.
     magnitude: factor on both sine and cosine (yarn's attention factor).
     """
 
@@ -175,6 +177,58 @@ class Batch:
     sequences: np.ndarray
     pages: np.ndarray
     outputs: np.ndarray
+
+    def check(self, *, n_vocab: int, n_pages: int, max_tokens: int, max_outputs: int, max_sequences: int) -> None:
+        """Raises KernelError naming the first thing an executor of these limits could not run."""
+        self._check_shapes()
+        n_tokens, n_sequences = len(self.tokens), len(self.pages)
+        _check_between("the number of tokens", n_tokens, 1, max_tokens)
+        _check_between("the number of sequences", n_sequences, 1, max_sequences)
+        _check_between("the number of outputs", len(self.outputs), 0, max_outputs)
+        _check_range("tokens", self.tokens, n_vocab)
+        _check_range("sequences", self.sequences, n_sequences)
+        _check_range("outputs", self.outputs, n_tokens)
+        _check_range("positions", self.positions, self.pages.shape[1] * PAGE_TOKENS)
+        self._check_pages(n_pages)
+        self._check_order()
+
+    def _check_shapes(self) -> None:
+        dims = {"tokens": 1, "positions": 1, "sequences": 1, "pages": 2, "outputs": 1}
+        for name, n_dims in dims.items():
+            array = getattr(self, name)
+            if array.dtype != np.int32 or array.ndim != n_dims:
+                raise KernelError(f"batch: expected {name} as int32 of {n_dims} dimensions, "
+                                  f"got {array.dtype} of {array.ndim}")
+        if not len(self.tokens) == len(self.positions) == len(self.sequences):
+            raise KernelError(f"batch: {len(self.tokens)} tokens, {len(self.positions)} positions "
+                              f"and {len(self.sequences)} sequences; expected one of each per token")
+
+    def _check_pages(self, n_pages: int) -> None:
+        """Only the pages up to a sequence's last position are read; what stands behind them is free."""
+        last = np.full(len(self.pages), -1, np.int32)
+        np.maximum.at(last, self.sequences, self.positions // PAGE_TOKENS)
+        used = np.arange(self.pages.shape[1], dtype=np.int32) <= last[:, None]
+        _check_range("pages", self.pages[used], n_pages)
+
+    def _check_order(self) -> None:
+        order = np.argsort(self.sequences, kind="stable")
+        same = np.diff(self.sequences[order]) == 0
+        wrong = np.flatnonzero(same & (np.diff(self.positions[order]) <= 0))
+        if len(wrong):
+            at = order[wrong[0] + 1]
+            raise KernelError(f"batch: token {at} of sequence {self.sequences[at]} has position "
+                              f"{self.positions[at]}, which is not above that of the token before it")
+
+
+def _check_between(what: str, n: int, low: int, high: int) -> None:
+    if not low <= n <= high:
+        raise KernelError(f"batch: {what} is {n}, expected {low} to {high}")
+
+
+def _check_range(name: str, values: np.ndarray, end: int) -> None:
+    wrong = np.flatnonzero((values < 0) | (values >= end))
+    if len(wrong):
+        raise KernelError(f"batch: {name}[{wrong[0]}] is {values[wrong[0]]}, expected 0 to {end - 1}")
 
 
 def plan_slots(program: Program) -> tuple[list[int], list[int]]:
