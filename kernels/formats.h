@@ -62,40 +62,60 @@ _Static_assert(sizeof(block_iq4_xs) == 136, "iq4_xs is a file format");
 enum { BLOCK_KINDS(KIND_NAME) FLOAT_KINDS(KIND_NAME) N_KINDS };
 #undef KIND_NAME
 
+/* How a weight is made of its code. The sub-scales are integers, one for each 16 columns. */
+enum {
+    FORM_OFFSET,  /* scale * (code - offset) */
+    FORM_MIN,     /* scale * code + min */
+    FORM_SUB,     /* d * sub * (code - offset) */
+    FORM_SUB_MIN, /* d * sub * code - dmin * sub_min */
+    FORM_FLOAT,
+};
+
 typedef struct {
     int16_t qtype;        /* GGUF number */
     int16_t file_cols;    /* columns of a file block */
     int16_t file_bytes;   /* bytes of a file block */
     int16_t code_bytes;   /* packed codes of 16 rows x 32 columns; float kinds: of 16 rows x 1 column */
     int16_t scale_bytes;  /* packed scales of 16 rows x file_cols */
-    int16_t offset;       /* code that means 0, for the kinds of form scale * (code - offset) */
+    int16_t form;
+    int16_t offset;       /* code that means 0 */
 } format_traits;
 
-/* Scales of 16 rows, by file block. f16 d[16] comes last but one where there is f16 m[16] (or dmin) last.
- *   Q4_K Q5_K  u32 low_scale[16], low_min[16], high[16] (see scales6), d, dmin
- *   Q3_K       the same with the even and the odd sub-scales, d
- *   Q2_K       u8 [8][16][2]: block, row, half; low nibble scale, high min; d, dmin       Q6_K  i8 [8][16][2], d
- *   IQ4_XS     u32 low[16], u16 high[16], d                                               MXFP4  u8 e[16]
- * scales6: nibble b of low_scale and bits 4b, 4b+1 of high make the scale of block b; low_min, bits 4b+2, 4b+3 the min.
+/* Scales of 16 rows, by file block; last come f16 d[16] and, where there is one, f16 m[16] (min or dmin).
+ *   Q4_K Q5_K  u32 low_scale[16], low_min[16], high[16] (scales6), d, dmin
+ *   Q3_K       the same with the scales of the first and the second half of each block, d
+ *   Q2_K       u8 [8][16][2]: block, row, half; low nibble scale, high min; d, dmin
+ *   Q6_K       i8 [8][16][2], d
+ *   IQ4_XS     u32 low[16], u16 high[16], d
+ *   MXFP4      u8 e[16] and no d
+ * scales6: nibble b of low_scale and above it bits 4b, 4b+1 of high make the first number of block b;
+ * nibble b of low_min and bits 4b+2, 4b+3 the second.
  */
 static const format_traits formats[N_KINDS] = {
-    [Q4_0] = {2, 32, sizeof(block_q4_0), 256, 32, 8},
-    [Q4_1] = {3, 32, sizeof(block_q4_1), 256, 64, 0},
-    [Q5_0] = {6, 32, sizeof(block_q5_0), 320, 32, 16},
-    [Q5_1] = {7, 32, sizeof(block_q5_1), 320, 64, 0},
-    [Q8_0] = {8, 32, sizeof(block_q8_0), 512, 32, 128},
-    [Q2_K] = {10, 256, sizeof(block_q2_k), 128, 256 + 64, 0},
-    [Q3_K] = {11, 256, sizeof(block_q3_k), 192, 192 + 32, 4},
-    [Q4_K] = {12, 256, sizeof(block_q4_k), 256, 192 + 64, 0},
-    [Q5_K] = {13, 256, sizeof(block_q5_k), 320, 192 + 64, 0},
-    [Q6_K] = {14, 256, sizeof(block_q6_k), 384, 256 + 32, 32},
-    [IQ4_NL] = {20, 32, sizeof(block_iq4_nl), 256, 32, 128},
-    [IQ4_XS] = {23, 256, sizeof(block_iq4_xs), 256, 96 + 32, 128},
-    [MXFP4] = {39, 32, sizeof(block_mxfp4), 256, 16, 12},
-    [F32] = {0, 1, 4, 64, 0, 0},
-    [F16] = {1, 1, 2, 32, 0, 0},
-    [BF16] = {30, 1, 2, 32, 0, 0},
+    [Q4_0] = {2, 32, sizeof(block_q4_0), 256, 32, FORM_OFFSET, 8},
+    [Q4_1] = {3, 32, sizeof(block_q4_1), 256, 64, FORM_MIN, 0},
+    [Q5_0] = {6, 32, sizeof(block_q5_0), 320, 32, FORM_OFFSET, 16},
+    [Q5_1] = {7, 32, sizeof(block_q5_1), 320, 64, FORM_MIN, 0},
+    [Q8_0] = {8, 32, sizeof(block_q8_0), 512, 32, FORM_OFFSET, 128},
+    [Q2_K] = {10, 256, sizeof(block_q2_k), 128, 256 + 64, FORM_SUB_MIN, 0},
+    [Q3_K] = {11, 256, sizeof(block_q3_k), 192, 192 + 32, FORM_SUB, 4},
+    [Q4_K] = {12, 256, sizeof(block_q4_k), 256, 192 + 64, FORM_MIN, 0},
+    [Q5_K] = {13, 256, sizeof(block_q5_k), 320, 192 + 64, FORM_MIN, 0},
+    [Q6_K] = {14, 256, sizeof(block_q6_k), 384, 256 + 32, FORM_SUB, 32},
+    [IQ4_NL] = {20, 32, sizeof(block_iq4_nl), 256, 32, FORM_OFFSET, 128},
+    [IQ4_XS] = {23, 256, sizeof(block_iq4_xs), 256, 96 + 32, FORM_OFFSET, 128},
+    [MXFP4] = {39, 32, sizeof(block_mxfp4), 256, 16, FORM_OFFSET, 12},
+    [F32] = {0, 1, 4, 64, 0, FORM_FLOAT, 0},
+    [F16] = {1, 1, 2, 32, 0, FORM_FLOAT, 0},
+    [BF16] = {30, 1, 2, 32, 0, FORM_FLOAT, 0},
 };
+
+/* Where d[16] stands in a scale group; m[16] follows. */
+static inline int d_at(int kind)
+{
+    int has_m = formats[kind].form == FORM_MIN || formats[kind].form == FORM_SUB_MIN;
+    return formats[kind].scale_bytes - (has_m ? 64 : 32);
+}
 
 /* Values of the table kinds plus their offset: codes that a dot product can take. */
 static const uint8_t iq4_table[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};

@@ -3,6 +3,8 @@
 
 #include "formats.h"
 
+#define INLINE inline __attribute__((always_inline)) /* kind is a constant inside */
+
 enum { CHUNK = 8 }; /* tokens that share one decoding of a block */
 
 /* ---- activations ---- */
@@ -55,7 +57,7 @@ typedef struct {
     int32_t sub_min[2][TILE_ROWS];  /* Q2_K: its mins, which m multiplies */
 } tile_block;
 
-static int code_at(int kind, const uint8_t *p, int g, int i)
+static INLINE int code_at(int kind, const uint8_t *p, int g, int i)
 {
     int nibble = p[64 * (g % 4) + i] >> 4 * (g / 4) & 15;
     switch (kind) {
@@ -70,7 +72,7 @@ static int code_at(int kind, const uint8_t *p, int g, int i)
     }
 }
 
-static inline void read_codes(int kind, const uint8_t *p, tile_block *t)
+static INLINE void read_codes(int kind, const uint8_t *p, tile_block *t)
 {
     for (int g = 0; g < 8; g++)
         for (int i = 0; i < 64; i++)
@@ -99,17 +101,13 @@ static int scale6(const uint8_t *group, int which, int row, int b)
 }
 
 /* p: the scale group of the file block; b: the number of our 32 columns in it. */
-static inline void read_scales(int kind, const uint8_t *p, int b, tile_block *t)
+static INLINE void read_scales(int kind, const uint8_t *p, int b, tile_block *t)
 {
-    int with_m = kind == Q4_1 || kind == Q5_1 || kind == Q2_K || kind == Q4_K || kind == Q5_K;
-    const uint8_t *d = p + formats[kind].scale_bytes - (with_m ? 64 : 32);
+    int form = formats[kind].form;
+    const uint8_t *d = p + d_at(kind);
     for (int row = 0; row < TILE_ROWS; row++) {
-        if (kind == MXFP4) {
-            t->d[row] = float_of_e8m0_half(p[row]);
-            continue;
-        }
-        t->d[row] = float_of_f16(read_u16(d, row));
-        t->m[row] = with_m ? float_of_f16(read_u16(d + 32, row)) : 0.0f;
+        t->d[row] = kind == MXFP4 ? float_of_e8m0_half(p[row]) : float_of_f16(read_u16(d, row));
+        t->m[row] = form == FORM_MIN || form == FORM_SUB_MIN ? float_of_f16(read_u16(d + 32, row)) : 0.0f;
         if (kind == Q4_K || kind == Q5_K) {
             t->d[row] *= (float)scale6(p, 0, row, b);
             t->m[row] *= -(float)scale6(p, 1, row, b);
@@ -128,7 +126,7 @@ static inline void read_scales(int kind, const uint8_t *p, int b, tile_block *t)
 }
 
 /* sums[row] = sum over 16 columns of w * q, exact */
-static inline void dot_half(const tile_block *t, const act_block *x, int half, int32_t *sums)
+static INLINE void dot_half(const tile_block *t, const act_block *x, int half, int32_t *sums)
 {
     for (int row = 0; row < TILE_ROWS; row++)
         sums[row] = 0;
@@ -138,21 +136,21 @@ static inline void dot_half(const tile_block *t, const act_block *x, int half, i
 }
 
 /* The float operations of a block; fmaf is exact everywhere, so every level gives the same bits. */
-static inline void add_block(int kind, const tile_block *t, const act_block *x, float *acc)
+static INLINE void add_block(int kind, const tile_block *t, const act_block *x, float *acc)
 {
     int32_t sums[2][TILE_ROWS];
     dot_half(t, x, 0, sums[0]);
     dot_half(t, x, 1, sums[1]);
     for (int row = 0; row < TILE_ROWS; row++) {
         int32_t sum = sums[0][row] * t->sub[0][row] + sums[1][row] * t->sub[1][row];
-        if (kind == Q2_K) {
+        if (formats[kind].form == FORM_SUB_MIN) {
             int32_t min_sum = x->sum16[0] * t->sub_min[0][row] + x->sum16[1] * t->sub_min[1][row];
             float v = fmaf(-t->m[row], (float)min_sum, t->d[row] * (float)sum);
             acc[row] = fmaf(v, x->d, acc[row]);
             continue;
         }
         acc[row] = fmaf((float)sum, t->d[row] * x->d, acc[row]);
-        if (kind == Q4_1 || kind == Q5_1 || kind == Q4_K || kind == Q5_K)
+        if (formats[kind].form == FORM_MIN)
             acc[row] = fmaf(t->m[row], x->d_sum, acc[row]);
     }
 }
@@ -160,7 +158,7 @@ static inline void add_block(int kind, const tile_block *t, const act_block *x, 
 /* ---- products ---- */
 
 /* One tile, up to CHUNK tokens. */
-static inline void tile_of_blocks(int kind, int64_t n_cols, const uint8_t *tile, const uint8_t *act, size_t act_stride,
+static INLINE void tile_of_blocks(int kind, int64_t n_cols, const uint8_t *tile, const uint8_t *act, size_t act_stride,
                                   int n, float acc[][TILE_ROWS])
 {
     const format_traits f = formats[kind];
@@ -176,7 +174,7 @@ static inline void tile_of_blocks(int kind, int64_t n_cols, const uint8_t *tile,
 }
 
 /* One tile of a float kind: one lane per row, k in order. */
-static inline void tile_of_floats(int kind, int64_t n_cols, const uint8_t *tile, const uint8_t *act, size_t act_stride,
+static INLINE void tile_of_floats(int kind, int64_t n_cols, const uint8_t *tile, const uint8_t *act, size_t act_stride,
                                   int n, float acc[][TILE_ROWS])
 {
     for (int64_t k = 0; k < n_cols; k++) {

@@ -318,7 +318,6 @@ static void put_scales6(const uint8_t *first, const uint8_t *second, int step, i
 /* The scales of one row's file block into the scale group of its tile. */
 static void put_scales(int kind, const row_block *b, int row, uint8_t *out)
 {
-    int with_m = kind == Q4_1 || kind == Q5_1 || kind == Q2_K || kind == Q4_K || kind == Q5_K;
     switch (kind) {
     case MXFP4:
         out[row] = (uint8_t)b->d;
@@ -348,10 +347,9 @@ static void put_scales(int kind, const row_block *b, int row, uint8_t *out)
         break;
     }
     }
-    uint8_t *d = out + formats[kind].scale_bytes - (with_m ? 64 : 32);
-    put_u16(d, row, b->d);
-    if (with_m)
-        put_u16(d + 32, row, b->m);
+    put_u16(out + d_at(kind), row, b->d);
+    if (formats[kind].form == FORM_MIN || formats[kind].form == FORM_SUB_MIN)
+        put_u16(out + d_at(kind) + 32, row, b->m);
 }
 
 static void pack_block_tile(int kind, int64_t n_cols, const uint8_t *src, size_t row_bytes, int n_rows, uint8_t *tile)
