@@ -4,9 +4,10 @@ A file comes from strangers: each count is held against the bytes that are left 
 allocated for it, and whatever is wrong ends in a `ModelFileError` that names the file and the byte.
 
     "GGUF" u32 version | u64 n_tensors | u64 n_keys | keys | tensor infos | padding | tensor data
-    key:         string name | u32 value type | value
-    tensor info: string name | u32 n_dims | u64 dims[n_dims], innermost first | u32 type | u64 offset
-    string:      u64 n_bytes | UTF-8          array: u32 value type | u64 n | values
+    key:    string name | u32 value type | value
+    tensor: string name | u32 n_dims | u64 dims[n_dims], innermost first | u32 type | u64 offset
+    string: u64 n_bytes | UTF-8
+    array:  u32 value type | u64 n | values
 
 Source: ggml-org/ggml: docs/gguf.md.
 """
@@ -33,15 +34,14 @@ PART_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf"
 _U32, _U64 = Struct("<I"), Struct("<Q")
 _MIN_KEY_BYTES = 8 + 4 + 1             # an empty name, a type, one byte of value
 _MIN_TENSOR_BYTES = 8 + 4 + 4 + 8      # an empty name, no dims, a type, an offset
-_NUMBERS = {                           # value type: its dtype in the file
-    GGUFValueType.UINT8: np.dtype("<u1"), GGUFValueType.INT8: np.dtype("<i1"),
-    GGUFValueType.UINT16: np.dtype("<u2"), GGUFValueType.INT16: np.dtype("<i2"),
-    GGUFValueType.UINT32: np.dtype("<u4"), GGUFValueType.INT32: np.dtype("<i4"),
-    GGUFValueType.UINT64: np.dtype("<u8"), GGUFValueType.INT64: np.dtype("<i8"),
-    GGUFValueType.FLOAT32: np.dtype("<f4"), GGUFValueType.FLOAT64: np.dtype("<f8"),
-    GGUFValueType.BOOL: np.dtype("?"),
+_CODES = {                             # value type: its letter in `struct` and in NumPy
+    GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h", GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i",
+    GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q", GGUFValueType.FLOAT32: "f",
+    GGUFValueType.FLOAT64: "d", GGUFValueType.BOOL: "?",
 }
-_SCALARS = {kind: Struct("<" + dtype.char) for kind, dtype in _NUMBERS.items()}
+_SCALARS = {kind: Struct("<" + code) for kind, code in _CODES.items()}
+_DTYPES = {kind: np.dtype("<" + code) for kind, code in _CODES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class QTensor:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row, that is of `shape[-1]` values."""
-        return _row_bytes(self.qtype, self.shape[-1] if self.shape else 1)
+        return _row_bytes(self.qtype, self.shape)
 
 
 @dataclass(eq=False)
@@ -83,7 +83,8 @@ class GGUFFile:
     def architecture(self) -> str:
         name = self.metadata.get("general.architecture")
         if not isinstance(name, str):
-            raise ModelFileError(f"{self.path}: expected a string under general.architecture, got {name!r}")
+            raise ModelFileError(f"{self.path}: expected a string under general.architecture, "
+                                 f"got {name!r}")
         return name
 
     def close(self) -> None:
@@ -128,10 +129,11 @@ def _other_parts(first: GGUFFile, n_parts: int) -> list[Path]:
     if not match or int(match["count"]) != n_parts or int(match["part"]) != part:
         raise ModelFileError(f"{path}: holds part {part} of {n_parts}, so its name must end in "
                              f"-{part:05d}-of-{n_parts:05d}.gguf for the other parts to be found")
-    name = f"{match['stem']}-{{:05d}}-of-{n_parts:05d}.gguf"
     if part != 1:
-        raise ModelFileError(f"{path}: is part {part} of {n_parts}; open the first, {name.format(1)}")
-    return [path.with_name(name.format(i)) for i in range(2, n_parts + 1)]
+        raise ModelFileError(f"{path}: is part {part} of {n_parts}; open the first, "
+                             f"{match['stem']}-00001-of-{n_parts:05d}.gguf")
+    return [path.with_name(f"{match['stem']}-{i:05d}-of-{n_parts:05d}.gguf")
+            for i in range(2, n_parts + 1)]
 
 
 def _merge_part(first: GGUFFile, part: GGUFFile, n_parts: int) -> None:
@@ -161,17 +163,20 @@ def _read_file(path: Path) -> GGUFFile:
     n_tensors = reader.count("tensors", _MIN_TENSOR_BYTES)
     n_keys = reader.count("metadata keys", _MIN_KEY_BYTES)
     metadata = reader.metadata(n_keys)
-    return GGUFFile(path, version, metadata, reader.tensors(n_tensors, _alignment(reader, metadata)))
+    tensors = reader.tensors(n_tensors, _alignment(reader, metadata))
+    return GGUFFile(path, version, metadata, tensors)
 
 
 def _map(path: Path) -> mmap.mmap:
-    # NOTE: a file that shrinks while it is mapped ends the process (SIGBUS); nobody may write to it.
+    # NOTE: a file that shrinks while it is mapped ends the process (SIGBUS): replace a model, never
+    # rewrite it in place.
     try:
         if not path.is_file():  # before open(): a pipe would block there
-            raise ModelFileError(f"{path}: no such file" if not path.exists() else f"{path}: not a regular file")
+            problem = "not a regular file" if path.exists() else "no such file"
+            raise ModelFileError(f"{path}: {problem}")
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError:  # what mmap says of no bytes at all, and open of a NUL in the name
+    except ValueError:  # what mmap says of no bytes at all
         raise ModelFileError(f"{path}: the file is empty") from None
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
@@ -184,9 +189,9 @@ def _alignment(reader: "_Reader", metadata: dict[str, Any]) -> int:
     return alignment
 
 
-def _row_bytes(qtype: GGMLQuantizationType, n_cols: int) -> int:
+def _row_bytes(qtype: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
     block, block_bytes = GGML_QUANT_SIZES[qtype]
-    return n_cols // block * block_bytes
+    return (shape[-1] if shape else 1) // block * block_bytes
 
 
 class _Reader:
@@ -209,10 +214,11 @@ class _Reader:
         return form.unpack_from(self.data, self.pos - form.size)[0]
 
     def count(self, what: str, min_bytes: int) -> int:
-        """A u64 count of things that take at least `min_bytes` each, judged before anyone allocates for it."""
+        """A u64 count of things of at least `min_bytes` each, judged before it sizes anything."""
         pos, n = self.pos, self.number(_U64, f"the number of {what}")
-        if n > (self.end - self.pos) // min_bytes:
-            self.fail(f"{n} {what} cannot be in the {self.end - self.pos} bytes that are left", pos)
+        left = self.end - self.pos
+        if n > left // min_bytes:
+            self.fail(f"{n} {what} cannot be in the {left} bytes that are left", pos)
         return n
 
     def header(self) -> int:
@@ -222,7 +228,7 @@ class _Reader:
         self.pos = 4
         version = self.number(_U32, "the version")
         if version and not version & 0xFFFF:
-            self.fail("the file is big-endian; convert it to little-endian first (gguf-convert-endian)", 4)
+            self.fail("the file is big-endian; gguf-convert-endian makes it little-endian", 4)
         if version not in (2, 3):
             self.fail(f"GGUF version {version} is not supported, only 2 and 3", 4)
         return version
@@ -231,7 +237,7 @@ class _Reader:
         return self.strings(1, what)[0]
 
     def strings(self, n: int, what: str) -> list[str]:
-        """n strings in a row. A vocabulary has 150,000, hence the locals and the single bounds check."""
+        """n strings in a row: 150,000 in a vocabulary, hence the locals and few checks."""
         data, end, pos, length_at = self.data, self.end, self.pos, _U64.unpack_from
         texts = []
         append = texts.append
@@ -284,16 +290,17 @@ class _Reader:
         if kind == GGUFValueType.STRING:
             return self.strings(self.count(f"texts of {key!r}", 8), f"a text of {key!r}")
         if kind == GGUFValueType.ARRAY:
-            return [self.array(key, depth + 1) for _ in range(self.count(f"arrays of {key!r}", 4 + 8))]
-        return self.numbers(kind, self.count(f"values of {key!r}", _NUMBERS[kind].itemsize), key)
+            n = self.count(f"arrays of {key!r}", 4 + 8)
+            return [self.array(key, depth + 1) for _ in range(n)]
+        return self.numbers(kind, self.count(f"values of {key!r}", _DTYPES[kind].itemsize), key)
 
     def numbers(self, kind: GGUFValueType, n: int, key: str) -> np.ndarray:
         """A copy, so that metadata is aligned, native and does not pin the map."""
-        dtype = _NUMBERS[kind]
+        dtype = _DTYPES[kind]
         self.need(n * dtype.itemsize, f"the value of {key!r}")
-        if kind == GGUFValueType.BOOL and (np.frombuffer(self.data, np.uint8, n, self.pos) > 1).any():
-            self.fail(f"{key!r} has a boolean that is neither 0 nor 1")
         values = np.frombuffer(self.data, dtype, n, self.pos).astype(dtype.newbyteorder("="))
+        if kind == GGUFValueType.BOOL and (values.view(np.uint8) > 1).any():
+            self.fail(f"{key!r} has a boolean that is neither 0 nor 1")
         self.pos += n * dtype.itemsize
         return values
 
@@ -305,14 +312,12 @@ class _Reader:
         for pos, name, qtype, shape, offset in infos:
             if name in found:
                 self.fail(f"tensor {name!r} comes twice", pos)
-            n_bytes = _row_bytes(qtype, shape[-1]) * math.prod(shape[:-1]) if shape else _row_bytes(qtype, 1)
-            start, stop = base + offset, base + offset + n_bytes
-            if stop > self.end and n_bytes:
-                self.fail(f"tensor {name!r} lies at bytes {start} to {stop}, the file ends at {self.end}", pos)
-            found[name] = QTensor(name, qtype, shape, mapped[start:stop])
-            if n_bytes:
+            start = base + offset
+            stop = start + math.prod(shape[:-1]) * _row_bytes(qtype, shape)
+            if start < stop:
                 extents.append((start, stop, name, pos))
-        self.check_overlap(extents)
+            found[name] = QTensor(name, qtype, shape, mapped[start:stop])
+        self.check_extents(extents)
         return found
 
     def tensor_info(self, alignment: int) -> tuple:
@@ -322,19 +327,29 @@ class _Reader:
         if n_dims > MAX_DIMS:
             self.fail(f"tensor {name!r} has {n_dims} dimensions, at most {MAX_DIMS} are known", pos)
         dims = [self.number(_U64, f"a dimension of {name!r}") for _ in range(n_dims)]
-        number, offset = self.number(_U32, f"the type of {name!r}"), self.number(_U64, f"the offset of {name!r}")
-        try:
-            qtype = GGMLQuantizationType(number)
-        except ValueError:
-            self.fail(f"tensor {name!r} has the unknown type {number}", pos)
+        qtype = self.tensor_type(name)
+        offset = self.number(_U64, f"the offset of {name!r}")
         block, n_cols = GGML_QUANT_SIZES[qtype][0], dims[0] if dims else 1
         if n_cols % block:
-            self.fail(f"tensor {name!r} has rows of {n_cols} values, {qtype.name} has blocks of {block}", pos)
+            self.fail(f"tensor {name!r} has rows of {n_cols} values, "
+                      f"{qtype.name} stores blocks of {block}", pos)
         if offset % alignment:
-            self.fail(f"tensor {name!r} has the offset {offset}, which is no multiple of {alignment}", pos)
+            self.fail(f"tensor {name!r} has the offset {offset}, no multiple of {alignment}", pos)
         return pos, name, qtype, tuple(reversed(dims)), offset
 
-    def check_overlap(self, extents: list[tuple[int, int, str, int]]) -> None:
+    def tensor_type(self, name: str) -> GGMLQuantizationType:
+        pos, number = self.pos, self.number(_U32, f"the type of {name!r}")
+        try:
+            return GGMLQuantizationType(number)
+        except ValueError:
+            self.fail(f"tensor {name!r} has the unknown type {number}", pos)
+
+    def check_extents(self, extents: list[tuple[int, int, str, int]]) -> None:
+        """extents: (first byte, byte after the last, tensor, where it says so), none empty."""
+        for start, stop, name, pos in extents:
+            if stop > self.end:
+                self.fail(f"tensor {name!r} lies at bytes {start} to {stop}, "
+                          f"the file ends at {self.end}", pos)
         extents.sort()
         for (_, stop, before, _), (start, _, name, pos) in zip(extents, extents[1:]):
             if start < stop:
