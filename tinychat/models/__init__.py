@@ -22,8 +22,8 @@ ARCHITECTURES = {
 def build_program(file: GGUFFile) -> Program:
     """The program of an open model; its weights are the file's own tensors.
 
-    Raises: ModelFileError for an unknown architecture, a metadata key that is missing or absurd, and a
-    tensor that is missing, misshapen or of no use.
+    Raises: ModelFileError for an unknown architecture, a metadata key that is missing or absurd,
+    and a tensor that is missing, misshapen or of no use.
     """
     name = file.architecture
     if name not in ARCHITECTURES:

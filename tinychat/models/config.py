@@ -16,7 +16,7 @@ ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 
 
 class Keys:
-    """Metadata under one prefix: "llama" reads "llama.block_count" as keys.integer("block_count", ...).
+    """Metadata under one prefix: "llama" reads llama.block_count by integer("block_count", ...).
 
     Every reader takes a default, used when the key is absent; without one the key is required.
     Raises: ModelFileError naming the key, what was expected and what came.
@@ -76,12 +76,13 @@ class Keys:
         return value
 
     def _fail(self, key: str, expected: str, got: str):
-        raise ModelFileError(f"metadata key {self.prefix}.{key}: expected {expected}, got {got[:80]}")
+        raise ModelFileError(f"metadata key {self.prefix}.{key}: "
+                             f"expected {expected}, got {got[:80]}")
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding as the file describes it; `layers.rope` turns it into frequencies."""
+    """Rotary position embedding as the file describes it; see `layers.make_rope`."""
 
     n_rot: int                # rotated values of a head, even
     freq_base: float
@@ -123,7 +124,7 @@ class ModelConfig:
     architecture: str
     n_layer: int
     n_embd: int
-    n_ctx: int                     # positions the model was trained for, stretched by its rope scaling
+    n_ctx: int                     # positions the model was trained for, rope scaling included
     n_head: tuple[int, ...]        # one a layer
     n_head_kv: tuple[int, ...]     # one a layer; 0: the layer has no attention
     n_ff: tuple[int, ...]          # one a layer
@@ -150,6 +151,7 @@ class ModelConfig:
         n_ctx = keys.integer("context_length", 1, MAX_CONTEXT)
         n_head = keys.integers("attention.head_count", n_layer, 1, n_embd)
         key_length, value_length = head_lengths(keys, n_embd, n_head[0])
+        attention_scale = keys.number("attention.scale", 0, 1e6, 0.0)
         return ModelConfig(
             architecture=architecture, n_layer=n_layer, n_embd=n_embd, n_ctx=n_ctx, n_head=n_head,
             n_head_kv=kv_heads(keys, n_head),
@@ -158,7 +160,7 @@ class ModelConfig:
             key_length=key_length, value_length=value_length,
             norm_eps=keys.number("attention.layer_norm_rms_epsilon", 0, 1),
             rope=RopeConfig.from_keys(keys, key_length, n_ctx),
-            attention_scale=keys.number("attention.scale", 0, 1e6, 0.0) or 1 / math.sqrt(key_length),
+            attention_scale=attention_scale or 1 / math.sqrt(key_length),
             embedding_scale=keys.number("embedding_scale", 0, 1e6, 0.0) or 1.0,
             residual_scale=keys.number("residual_scale", 0, 1e6, 0.0) or 1.0,
             logit_scale=keys.number("logit_scale", 0, 1e6, 0.0) or 1.0)
@@ -166,20 +168,21 @@ class ModelConfig:
 
 def head_lengths(keys: Keys, n_embd: int, n_head: int) -> tuple[int, int]:
     """(key_length, value_length): from their keys, or the embedding shared out among the heads."""
-    lengths = [keys.integer(f"attention.{name}_length", 1, MAX_WIDTH, None) for name in ("key", "value")]
+    lengths = [keys.integer(key, 1, MAX_WIDTH, None)
+               for key in ("attention.key_length", "attention.value_length")]
     if None in lengths and n_embd % n_head:
-        raise ModelFileError(f"metadata key {keys.prefix}.embedding_length: expected a multiple of the "
-                             f"{n_head} heads, got {n_embd}")
+        raise ModelFileError(f"metadata key {keys.prefix}.embedding_length: expected a multiple "
+                             f"of the {n_head} heads, got {n_embd}")
     return tuple(length or n_embd // n_head for length in lengths)
 
 
 def kv_heads(keys: Keys, n_head: tuple[int, ...]) -> tuple[int, ...]:
-    """KV heads of each layer, each a divisor of its query heads; as many as those when nothing is said."""
+    """KV heads of each layer, a divisor of its query heads; as many as those by default."""
     if not keys.has("attention.head_count_kv"):
         return n_head
     found = keys.integers("attention.head_count_kv", len(n_head), 0, max(n_head))
     for layer, (n, n_kv) in enumerate(zip(n_head, found)):
         if n_kv and n % n_kv:
-            raise ModelFileError(f"metadata key {keys.prefix}.attention.head_count_kv: expected a divisor "
-                                 f"of the {n} heads of layer {layer}, got {n_kv}")
+            raise ModelFileError(f"metadata key {keys.prefix}.attention.head_count_kv: expected a "
+                                 f"divisor of the {n} heads of layer {layer}, got {n_kv}")
     return found

@@ -1,8 +1,8 @@
 """The parts that families are built from: weights by name, and the layers most of them share.
 
-Each function records operations on a `Recorder` g. Shapes: T tokens, E n_embd, H n_head, Hkv n_head_kv,
-D head width, F n_ff, V n_vocab. The presence of a tensor is the flag: a bias or a norm of the heads is
-applied when the file has it.
+Each function records operations on a `Recorder` g. Shapes: T tokens, E n_embd, H n_head, Hkv
+n_head_kv, D head width, F n_ff, V n_vocab. The presence of a tensor is the flag: a bias or a norm
+of the heads is applied when the file has it.
 """
 import math
 
@@ -18,7 +18,8 @@ from tinychat.ops.reference import dequantize
 class Weights:
     """A file's tensors by name, checked for their shapes; remembers which were asked for."""
 
-    def __init__(self, tensors: dict[str, QTensor], prefix: str = "", asked: set[str] | None = None):
+    def __init__(self, tensors: dict[str, QTensor], prefix: str = "",
+                 asked: set[str] | None = None):
         self._tensors, self._prefix = tensors, prefix
         self._asked = set() if asked is None else asked
 
@@ -67,8 +68,9 @@ def _shape(shape: tuple[int | None, ...]) -> str:
 
 
 def linear(g: Recorder, w: Weights, name: str, x: Buffer, n_out: int) -> Buffer:
-    """x (T, K) by NAME.weight (n_out, K), and NAME.bias (n_out,) when there is one -> (T, n_out)."""
-    return g.linear(x, w.tensor(f"{name}.weight", n_out, x.width), w.optional(f"{name}.bias", n_out))
+    """x (T, K) by NAME.weight (n_out, K), plus NAME.bias (n_out,) if it is there -> (T, n_out)."""
+    weight, bias = w.tensor(f"{name}.weight", n_out, x.width), w.optional(f"{name}.bias", n_out)
+    return g.linear(x, weight, bias)
 
 
 def rmsnorm(g: Recorder, w: Weights, name: str, x: Buffer, eps: float) -> Buffer:
@@ -83,11 +85,12 @@ def head_norm(g: Recorder, w: Weights, name: str, x: Buffer, head_dim: int, eps:
 
 def embed(g: Recorder, w: Weights, config: ModelConfig) -> Buffer:
     """The tokens' embeddings, scaled -> (T, E)."""
-    return scaled(g, g.embed(w.tensor("token_embd.weight", None, config.n_embd)), config.embedding_scale)
+    x = g.embed(w.tensor("token_embd.weight", None, config.n_embd))
+    return scaled(g, x, config.embedding_scale)
 
 
 def unembed(g: Recorder, w: Weights, config: ModelConfig, x: Buffer) -> Buffer:
-    """Logits of the rows asked for: norm, then `output`, or the embedding where the two are tied."""
+    """Logits of the rows asked for: norm, then `output`, or the embedding where both are tied."""
     x = rmsnorm(g, w, "output_norm", g.outputs(x), config.norm_eps)
     n_vocab = w.tensor("token_embd.weight", None, config.n_embd).shape[0]
     return linear(g, w, "output" if w.has("output.weight") else "token_embd", x, n_vocab)
@@ -97,11 +100,12 @@ def scaled(g: Recorder, x: Buffer, scale: float) -> Buffer:
     return x if scale == 1 else g.scale(x, scale)
 
 
-def attention(g: Recorder, w: Weights, x: Buffer, heads: Heads, rope: Rope | None, eps: float) -> Buffer:
+def attention(g: Recorder, w: Weights, x: Buffer, heads: Heads, rope: Rope | None,
+              eps: float) -> Buffer:
     """Self-attention of x (T, E) -> (T, E); rope None: the layer knows no positions."""
-    q = linear(g, w, "attn_q", x, heads.n_head * heads.key_length)                    # (T, H*D)
-    k = linear(g, w, "attn_k", x, heads.n_head_kv * heads.key_length)                 # (T, Hkv*D)
-    v = linear(g, w, "attn_v", x, heads.n_head_kv * heads.value_length)               # (T, Hkv*Dv)
+    q = linear(g, w, "attn_q", x, heads.n_head * heads.key_length)            # (T, H*D)
+    k = linear(g, w, "attn_k", x, heads.n_head_kv * heads.key_length)         # (T, Hkv*D)
+    v = linear(g, w, "attn_v", x, heads.n_head_kv * heads.value_length)       # (T, Hkv*Dv)
     q = head_norm(g, w, "attn_q_norm", q, heads.key_length, eps)
     k = head_norm(g, w, "attn_k_norm", k, heads.key_length, eps)
     if rope:
@@ -118,8 +122,8 @@ def swiglu_ffn(g: Recorder, w: Weights, x: Buffer, n_ff: int) -> Buffer:
 def layer_heads(config: ModelConfig, i: int) -> Heads:
     """The attention shape of layer i. Raises: ModelFileError when the layer has no KV heads."""
     if not config.n_head_kv[i]:
-        raise ModelFileError(f"metadata key {config.architecture}.attention.head_count_kv: layer {i} "
-                             f"has 0 KV heads, which {config.architecture!r} gives no meaning")
+        raise ModelFileError(f"metadata key {config.architecture}.attention.head_count_kv: layer "
+                             f"{i} has 0 KV heads, which this architecture gives no meaning")
     return Heads(config.n_head[i], config.n_head_kv[i], config.key_length, config.value_length,
                  config.attention_scale)
 
@@ -129,11 +133,11 @@ def layer_heads(config: ModelConfig, i: int) -> Heads:
 def make_rope(config: RopeConfig, layout: str, w: Weights) -> Rope:
     """Frequencies with the file's scaling worked in.
 
-    `rope_freqs.weight (R/2,)`, where present, divides them (llama3's scaling, made by the converter).
+    `rope_freqs.weight (R/2,)`, where present, divides them: llama3's scaling, by the converter.
     Source: llama.cpp: ggml_rope_ext; transformers: modeling_rope_utils.py.
     """
     pair = np.arange(config.n_rot // 2)
-    inv_freq = config.freq_base ** (-2.0 * pair / config.n_rot)                       # float64 until the end
+    inv_freq = config.freq_base ** (-2.0 * pair / config.n_rot)               # float64 till the end
     factors = w.optional("rope_freqs.weight", config.n_rot // 2)
     if factors:
         inv_freq = inv_freq / positive(factors)

@@ -20,13 +20,14 @@ def describe(g: Recorder, w: Weights, config: ModelConfig, *, rope_layout: str,
                              "is not supported by this build")
     has_rope = config.rope.finetuned or not rope_switch
     rope = layers.make_rope(config.rope, rope_layout, w) if has_rope else None
-    x = layers.embed(g, w, config)                                                    # (T, E)
+    x = layers.embed(g, w, config)                                            # (T, E)
     for i in range(config.n_layer):
         x = block(g, w.layer(i), config, x, i, rope)
     return layers.scaled(g, layers.unembed(g, w, config, x), 1 / config.logit_scale)
 
 
-def block(g: Recorder, w: Weights, config: ModelConfig, x: Buffer, i: int, rope: Rope | None) -> Buffer:
+def block(g: Recorder, w: Weights, config: ModelConfig, x: Buffer, i: int,
+          rope: Rope | None) -> Buffer:
     """Transformer block i: x (T, E) -> (T, E)."""
     eps, residual = config.norm_eps, config.residual_scale
     h = layers.rmsnorm(g, w, "attn_norm", x, eps)

@@ -10,11 +10,12 @@ KINDS = ("native", "reference")
 
 
 def open_executor(program, *, kind: str | None = None, **limits):
-    """An executor of `program`: kind "native" or "reference", None for the best that this machine has.
+    """An executor of `program`: kind "native" or "reference", None for the best there is here.
 
-    limits: n_pages, max_tokens, max_outputs, max_sequences, kv_type, threads, isa; see ReferenceExecutor.
-    Without kernels, and under TINYCHAT_PURE=1, the best is the reference, and one warning says so.
-    Raises: KernelError when the asked kind is not there, ModelFileError for weights it cannot read.
+    limits: n_pages, max_tokens, max_outputs, max_sequences, kv_type, threads, isa, as
+    `ReferenceExecutor` takes them. Without kernels, and under TINYCHAT_PURE=1, the best is the
+    reference, and one warning says so.
+    Raises: KernelError when the asked kind is not there, ModelFileError for unreadable weights.
     """
     if kind not in (None, *KINDS):
         raise KernelError(f"expected executor {' or '.join(KINDS)}, got {kind!r}")

@@ -11,12 +11,12 @@ import numpy as np
 from tinychat.errors import KernelError
 from tinychat.gguf_file import QTensor
 
-PAGE_TOKENS = 32  # positions in one KV page; part of the promise that results never depend on batching
+PAGE_TOKENS = 32  # positions in one KV page; part of the promise that results ignore batching
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Activations, float32 `(T, width)`; `rows` is "outputs" for the tokens whose logits are wanted."""
+    """Activations, float32 `(T, width)`; `rows` is "outputs" where only wanted rows are left."""
 
     id: int
     width: int
@@ -41,7 +41,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class Heads:
-    """The shape of one attention layer; scores are `q·k * scale`, causal, over the last `window` positions (0: all)."""
+    """The shape of one attention layer: causal, scores `q·k * scale`.
+
+    A token sees the last `window` positions, its own included; 0: all.
+    """
 
     n_head: int
     n_head_kv: int
@@ -53,7 +56,7 @@ class Heads:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One operation: `out` is written from `inputs`, `weights` and `params`; a store has no `out`."""
+    """One operation: `out` from `inputs`, `weights` and `params`; a store has no `out`."""
 
     name: str
     out: Buffer | None
@@ -64,7 +67,7 @@ class Op:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """ops in order; `kv[i]` is the shape of KV layer i; `logits` is the last buffer, `(n_outputs, n_vocab)`."""
+    """ops in order; `kv[i]` is the shape of KV layer i; `logits` is `(n_outputs, n_vocab)`."""
 
     name: str
     ops: tuple[Op, ...]
@@ -81,8 +84,8 @@ class Program:
         return list({id(w): w for op in self.ops for w in op.weights}.values())
 
     def __str__(self) -> str:
-        return "\n".join([f"program {self.name}: {len(self.ops)} operations, {len(self.kv)} KV layers",
-                          *(_line(op) for op in self.ops)])
+        title = f"program {self.name}: {len(self.ops)} operations, {len(self.kv)} KV layers"
+        return "\n".join([title, *map(_line, self.ops)])
 
 
 def _line(op: Op) -> str:
@@ -103,7 +106,10 @@ def _short(value) -> str:
 
 
 class Recorder:
-    """Each method records one operation and returns the buffer it fills. E is n_embd, T the step's tokens."""
+    """Each method records one operation and returns the buffer it fills.
+
+    T is the step's tokens, E n_embd, V n_vocab.
+    """
 
     def __init__(self):
         self._ops: list[Op] = []
@@ -122,7 +128,7 @@ class Recorder:
         return self._record("embed", weight.shape[1], (), (weight,))
 
     def rmsnorm(self, x: Buffer, weight: QTensor, eps: float) -> Buffer:
-        """x / sqrt(mean(x²) + eps) * weight, over each group of len(weight) values: a row, or each head of it."""
+        """x / sqrt(mean(x²) + eps) * weight, over groups of len(weight): a row, or its heads."""
         assert x.width % weight.shape[0] == 0, (x, weight)
         return self._record("rmsnorm", x.width, (x,), (weight,), eps=eps)
 
@@ -136,11 +142,15 @@ class Recorder:
         return self._record("rope", x.width, (x,), head_dim=head_dim, rope=rope)
 
     def attend(self, q: Buffer, k: Buffer, v: Buffer, heads: Heads) -> Buffer:
-        """Store k and v in a new KV layer at each token's position, then attend from q. Returns (T, n_head * value_length)."""
-        layer = len(self._kv)
+        """Store k and v in a new KV layer at each token's position, then attend from q.
+
+        q (T, n_head * key_length), k (T, n_head_kv * key_length), v (T, n_head_kv * value_length)
+        -> (T, n_head * value_length). Head h reads KV head h // (n_head / n_head_kv).
+        """
+        layer, width = len(self._kv), heads.n_head * heads.value_length
         self._kv.append(heads)
         self._ops.append(Op("store_kv", None, (k, v), (), {"layer": layer}))
-        return self._record("attend", heads.n_head * heads.value_length, (q,), layer=layer, heads=heads)
+        return self._record("attend", width, (q,), layer=layer, heads=heads)
 
     def swiglu(self, gate: Buffer, up: Buffer) -> Buffer:
         """silu(gate) * up, silu(x) = x / (1 + exp(-x))."""
@@ -164,12 +174,13 @@ class Recorder:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One step's tokens, of any mix of sequences; each sequence's tokens stand in order of position.
+    """One step's tokens, of any mix of sequences; each one's tokens stand in order of position.
 
-    tokens, positions, sequences: int32 (T,); sequences[t] is the row of `pages` that token t belongs to.
-    pages: int32 (n_sequences, max_pages); position p of sequence s lives in page pages[s, p // PAGE_TOKENS],
-    slot p % PAGE_TOKENS. Every position below a token's own must have been stored by this or an earlier step.
-    outputs: int32 (n_outputs,), indices into tokens of the rows whose logits are wanted; may be empty.
+    tokens, positions, sequences: int32 (T,); sequences[t] is token t's row of `pages`.
+    pages: int32 (n_sequences, max_pages); position p of sequence s lives in slot p % PAGE_TOKENS
+    of page pages[s, p // PAGE_TOKENS]. Every position below a token's own must have been stored
+    by this or an earlier step. Entries behind a sequence's last position are not looked at.
+    outputs: int32 (n_outputs,), indices of the tokens whose logits are wanted; may be empty.
     """
 
     tokens: np.ndarray
@@ -178,7 +189,8 @@ class Batch:
     pages: np.ndarray
     outputs: np.ndarray
 
-    def check(self, *, n_vocab: int, n_pages: int, max_tokens: int, max_outputs: int, max_sequences: int) -> None:
+    def check(self, *, n_vocab: int, n_pages: int, max_tokens: int, max_outputs: int,
+              max_sequences: int) -> None:
         """Raises KernelError naming the first thing an executor of these limits could not run."""
         self._check_shapes()
         n_tokens, n_sequences = len(self.tokens), len(self.pages)
@@ -201,10 +213,10 @@ class Batch:
                                   f"got {array.dtype} of {array.ndim}")
         if not len(self.tokens) == len(self.positions) == len(self.sequences):
             raise KernelError(f"batch: {len(self.tokens)} tokens, {len(self.positions)} positions "
-                              f"and {len(self.sequences)} sequences; expected one of each per token")
+                              f"and {len(self.sequences)} sequences; expected equally many")
 
     def _check_pages(self, n_pages: int) -> None:
-        """Only the pages up to a sequence's last position are read; what stands behind them is free."""
+        """Only the pages up to a sequence's last position are read."""
         last = np.full(len(self.pages), -1, np.int32)
         np.maximum.at(last, self.sequences, self.positions // PAGE_TOKENS)
         used = np.arange(self.pages.shape[1], dtype=np.int32) <= last[:, None]
@@ -215,9 +227,9 @@ class Batch:
         same = np.diff(self.sequences[order]) == 0
         wrong = np.flatnonzero(same & (np.diff(self.positions[order]) <= 0))
         if len(wrong):
-            at = order[wrong[0] + 1]
-            raise KernelError(f"batch: token {at} of sequence {self.sequences[at]} has position "
-                              f"{self.positions[at]}, which is not above that of the token before it")
+            before, at = order[wrong[0]], order[wrong[0] + 1]
+            raise KernelError(f"batch: positions[{at}] is {self.positions[at]}, expected above "
+                              f"{self.positions[before]}, which comes before it in its sequence")
 
 
 def _check_between(what: str, n: int, low: int, high: int) -> None:
@@ -228,15 +240,17 @@ def _check_between(what: str, n: int, low: int, high: int) -> None:
 def _check_range(name: str, values: np.ndarray, end: int) -> None:
     wrong = np.flatnonzero((values < 0) | (values >= end))
     if len(wrong):
-        raise KernelError(f"batch: {name}[{wrong[0]}] is {values[wrong[0]]}, expected 0 to {end - 1}")
+        at = wrong[0]
+        raise KernelError(f"batch: {name}[{at}] is {values[at]}, expected 0 to {end - 1}")
 
 
 def plan_slots(program: Program) -> tuple[list[int], list[int]]:
     """Give buffers that never live at the same time the same memory.
 
-    Returns the slot of each buffer and the width of each slot; "tokens" and "outputs" rows never share one.
+    Returns the slot of each buffer and the width of each slot. Buffers of "tokens" and of
+    "outputs" rows never share one, nor do an operation's inputs and its output.
     """
-    last = {b.id: i for i, op in enumerate(program.ops) for b in (*op.inputs, *([op.out] if op.out else ()))}
+    last = {b.id: i for i, op in enumerate(program.ops) for b in (*op.inputs, op.out) if b}
     last[program.logits.id] = len(program.ops)
     slot_of, widths, kinds, free_at = [0] * len(program.buffers), [], [], []
     for i, op in enumerate(program.ops):
