@@ -1,0 +1,107 @@
+"""A scripted model for the engine's tests: its keys and values are the tokens themselves.
+
+The next token depends on every token before it, read back through the page table, so a wrong page, a lost
+token or another sequence's page gives another answer.
+"""
+from types import SimpleNamespace
+
+import numpy as np
+
+from tinychat.engine import Finished, PromptDone, PromptProgress, PromptStarted, SamplingParams, Token
+from tinychat.engine.kv_cache import KVCache, Lease, Node
+from tinychat.ops import sampling
+from tinychat.ops.program import PAGE_TOKENS, Batch
+
+GREEDY = SamplingParams(temperature=0)
+WAIT_S = 20.0  # bound of every wait; nothing takes that long
+
+
+class FakeExecutor:
+    """`before_step(batch)`, when set, runs on the engine's thread and may raise."""
+
+    name = "fake"
+
+    def __init__(self, *, n_vocab=97, n_pages=64, max_tokens=512, max_outputs=64, max_sequences=64):
+        self.program = SimpleNamespace(n_vocab=n_vocab)
+        self.n_pages, self.max_tokens = n_pages, max_tokens
+        self.max_outputs, self.max_sequences = max_outputs, max_sequences
+        self.tokens = np.full((n_pages, PAGE_TOKENS), -1, np.int64)
+        self.positions = np.full((n_pages, PAGE_TOKENS), -1, np.int64)
+        self.steps: list[list[tuple[int, int]]] = []  # per step: (slot, its number of tokens), in order of slot
+        self.before_step = None
+
+    def step(self, batch: Batch) -> np.ndarray:
+        batch.check(n_vocab=self.program.n_vocab, n_pages=self.n_pages, max_tokens=self.max_tokens,
+                    max_outputs=self.max_outputs, max_sequences=self.max_sequences)
+        slots, counts = np.unique(batch.sequences, return_counts=True)
+        self.steps.append(list(zip(slots.tolist(), counts.tolist())))
+        if self.before_step:
+            self.before_step(batch)
+        pages = batch.pages[batch.sequences, batch.positions // PAGE_TOKENS]
+        self.tokens[pages, batch.positions % PAGE_TOKENS] = batch.tokens
+        self.positions[pages, batch.positions % PAGE_TOKENS] = batch.positions
+        return np.stack([self._row(batch, i) for i in batch.outputs]) if len(batch.outputs) else np.empty((0, 1))
+
+    def _row(self, batch: Batch, i: int) -> np.ndarray:
+        position = np.arange(batch.positions[i] + 1)
+        pages = batch.pages[batch.sequences[i], position // PAGE_TOKENS]
+        stored = self.positions[pages, position % PAGE_TOKENS]
+        assert (stored == position).all(), f"pages {pages[stored != position]} hold other positions"
+        return logits_after(self.tokens[pages, position % PAGE_TOKENS].tolist(), self.program.n_vocab)
+
+    def sample(self, logits, params, recent_ids, coin):
+        return sampling.sample(logits, params, recent_ids, coin)
+
+
+def digest(ids) -> int:
+    h = 7
+    for id in ids:
+        h = (h * 31 + id + 1) % 1_000_003
+    return h
+
+
+def logits_after(ids, n_vocab=97) -> np.ndarray:
+    """float32 (n_vocab,): highest at a token that depends on all of `ids`, the rest in a wheel behind it."""
+    return -((np.arange(n_vocab) - digest(ids)) % n_vocab).astype(np.float32) / 4
+
+
+def answer_after(ids, n: int, n_vocab=97) -> list[int]:
+    """The n greedy tokens after `ids`."""
+    out = list(ids)
+    for _ in range(n):
+        out.append(digest(out) % n_vocab)
+    return out[len(ids):]
+
+
+def read(seq) -> SimpleNamespace:
+    """All updates of one sequence: ids, progress, reason, error; their order is checked."""
+    updates = list(seq.updates(WAIT_S))
+    kinds = [type(u) for u in updates]
+    assert kinds[-1] is Finished and kinds.count(Finished) == 1
+    expected = [k for k in (PromptStarted, PromptProgress, PromptDone, Token) for _ in range(kinds.count(k))]
+    assert kinds[:-1] == expected and kinds.count(PromptStarted) <= 1 and kinds.count(PromptDone) <= 1
+    return SimpleNamespace(ids=[u.id for u in updates if type(u) is Token],
+                           progress=[(u.done, u.total) for u in updates if type(u) is PromptProgress],
+                           reason=updates[-1].reason, error=updates[-1].error, updates=updates)
+
+
+def check_pages(cache: KVCache, leases: list[Lease]) -> None:
+    """Every page is empty, in the tree, or private to one lease; and the counts say so."""
+    nodes = list(tree(cache._root))
+    private = [int(p) for lease in leases for p in lease.row[len(lease.nodes):lease.n_pages]]
+    assert sorted([*cache._empty, *(n.page for n in nodes), *private]) == list(range(cache.n_pages))
+    held = [id(node) for lease in leases for node in lease.nodes]
+    for node in nodes:
+        assert node.refs == held.count(id(node))
+        assert (node.refs == 0) == (node in cache._idle)
+        assert node.refs <= node.parent.refs or node.parent is cache._root
+    for lease in leases:
+        assert [n.page for n in lease.nodes] == lease.row[:len(lease.nodes)].tolist()
+    assert cache._n_reserved == sum(lease.n_reserved for lease in leases) <= cache.free_pages
+
+
+def tree(node: Node):
+    for child in node.children.values():
+        assert child.parent is node
+        yield child
+        yield from tree(child)

@@ -1,0 +1,572 @@
+import random
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from helpers_engine import (GREEDY, WAIT_S, FakeExecutor, answer_after, check_pages, logits_after, read)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinychat.engine import Engine, PromptStarted, SamplingParams, Token
+from tinychat.errors import ContextOverflow, InvalidRequest, KernelError, Overloaded, TinychatError
+from tinychat.ops.program import PAGE_TOKENS
+
+
+@pytest.fixture
+def start():
+    """start(n_ctx=..., executor=..., pages=..., **engine settings) -> engine, closed at the end."""
+    engines = []
+
+    def start(*, n_ctx=512, executor=None, n_pages=64, **settings):
+        executor = executor or FakeExecutor(n_pages=n_pages)
+        engine = Engine(executor, n_ctx=n_ctx, **settings)
+        engines.append(engine)
+        engine.fake = executor
+        return engine
+
+    yield start
+    for engine in engines:
+        assert engine.close()
+        assert engine.stats.running == engine.stats.waiting == 0
+        assert engine.stats.free_pages == engine.stats.n_pages
+        check_pages(engine._cache, [])
+
+
+def prompt(n: int, seed: int = 0) -> list[int]:
+    return [random.Random(seed).randrange(97) for _ in range(n)] if n < 2 else random.Random(seed).choices(range(97), k=n)
+
+
+def generate(engine, ids, n, **fields):
+    return read(engine.submit(ids, params=GREEDY, max_tokens=n, **fields))
+
+
+class Gate:
+    """Holds the engine inside a step until the test lets it go; then calls `later` in each further step."""
+
+    def __init__(self, executor, at_step=0, later=lambda batch: None):
+        self.executor, self.at_step, self.later = executor, at_step, later
+        self.entered, self.go = threading.Event(), threading.Event()
+        executor.before_step = self
+
+    def __call__(self, batch):
+        if len(self.executor.steps) - 1 == self.at_step:
+            self.entered.set()
+            assert self.go.wait(WAIT_S)
+        self.later(batch)
+
+    def wait(self):
+        assert self.entered.wait(WAIT_S)
+
+
+# Answers and how they end
+
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 64, 100])
+def test_answer_continues_the_prompt(start, n):
+    result = generate(start(), prompt(n), 40)
+    assert result.ids == answer_after(prompt(n), 40)
+    assert result.reason == "length" and result.error is None
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 32, 512])
+def test_answer_is_the_same_whatever_the_chunk(start, chunk):
+    result = generate(start(chunk=chunk), prompt(150), 10)
+    assert result.ids == answer_after(prompt(150), 10)
+    assert result.progress == [(done, 150) for done in range(chunk, 150, chunk)]
+
+
+def test_stop_token_is_delivered_and_ends_the_answer(start):
+    expected = answer_after(prompt(5), 20)
+    at = next(i for i in range(4, 20) if expected[i] not in expected[:i])
+    result = generate(start(), prompt(5), 20, stop_ids=frozenset({expected[at], 1000}))
+    assert (result.ids, result.reason) == (expected[:at + 1], "stop")
+
+
+def test_answer_ends_where_the_context_does(start):
+    engine = start(n_ctx=50)
+    assert (len(generate(engine, prompt(10), None).ids), generate(engine, prompt(10), None).reason) == (40, "context")
+    assert (len(generate(engine, prompt(49), 7).ids), generate(engine, prompt(49), 7).reason) == (1, "context")
+    result = generate(engine, prompt(10), 15, n_ctx=20)
+    assert (len(result.ids), result.reason) == (10, "context")
+    result = generate(engine, prompt(10), 40, n_ctx=4096)
+    assert (len(result.ids), result.reason) == (40, "length")
+
+
+def test_prompt_as_long_as_the_context_is_refused_with_both_figures(start):
+    engine = start(n_ctx=50)
+    for n, limit, n_ctx in ((50, None, 50), (20, 20, 20), (51, None, 50)):
+        with pytest.raises(ContextOverflow, match=f"{n} .*{n_ctx}") as error:
+            engine.submit(prompt(n), params=GREEDY, n_ctx=limit)
+        assert error.value.param == "input"
+
+
+@pytest.mark.parametrize("ids", [[], [97], [-1], [1, 2**40], ["a"], [[1, 2]], [0.5], [True]])
+def test_bad_ids_are_refused(start, ids):
+    engine = start()
+    for call in (lambda: engine.submit(ids, params=GREEDY), lambda: engine.logits(ids)):
+        with pytest.raises(InvalidRequest) as error:
+            call()
+        assert error.value.param == "input"
+
+
+def test_max_tokens_below_one_is_refused(start):
+    with pytest.raises(InvalidRequest):
+        start().submit([1], params=GREEDY, max_tokens=0)
+
+
+@pytest.mark.parametrize("settings", [{"n_ctx": 64 * PAGE_TOKENS + 1}, {"n_ctx": 1}, {"parallel": 0},
+                                      {"parallel": 64}, {"chunk": 0}])
+def test_engine_refuses_what_its_executor_cannot_hold(settings):
+    with pytest.raises(InvalidRequest):
+        Engine(FakeExecutor(n_pages=64), **{"n_ctx": 64, **settings})
+
+
+# Many at once
+
+def test_each_of_many_gets_its_own_answer(start):
+    executor = FakeExecutor(n_pages=200)
+    gate = Gate(executor)
+    engine = start(executor=executor, parallel=4, chunk=40)
+    lengths = [1, 200, 3, 77, 64, 300, 31, 5, 128, 10]
+    sequences = [engine.submit(prompt(n, seed=n), params=GREEDY, max_tokens=20 + n % 7) for n in lengths]
+    gate.go.set()
+    for n, seq in zip(lengths, sequences):
+        assert read(seq).ids == answer_after(prompt(n, seed=n), 20 + n % 7)
+    assert max(len(step) for step in engine.fake.steps) == 4
+
+
+def test_seed_fixes_the_answer_alone_and_in_a_crowd(start):
+    params = SamplingParams(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.1)
+    alone = read(start().submit(prompt(9), params=params, max_tokens=30, seed=5)).ids
+    engine = start()
+    others = [engine.submit(prompt(20 + i, seed=i), params=params, max_tokens=40) for i in range(3)]
+    crowded = engine.submit(prompt(9), params=params, max_tokens=30, seed=5)
+    assert read(crowded).ids == alone
+    assert alone != answer_after(prompt(9), 30)
+    assert {tuple(read(other).ids) for other in others}
+
+
+def test_without_a_seed_answers_differ(start):
+    params = SamplingParams(temperature=2.0, top_k=0, top_p=1.0, min_p=0.0)
+    engine = start()
+    assert read(engine.submit([1], params=params, max_tokens=30)).ids != read(
+        engine.submit([1], params=params, max_tokens=30)).ids
+
+
+def test_long_prompt_does_not_stall_an_answer_under_way(start):
+    executor = FakeExecutor()
+    gate = Gate(executor, at_step=3)
+    engine = start(executor=executor, chunk=16)
+    talking = engine.submit(prompt(4), params=GREEDY, max_tokens=60)
+    gate.wait()
+    long = engine.submit(prompt(400, seed=1), params=GREEDY, max_tokens=2)
+    gate.go.set()
+    assert read(talking).ids == answer_after(prompt(4), 60)
+    assert read(long).ids == answer_after(prompt(400, seed=1), 2)
+    both = [dict(step) for step in executor.steps if len(step) == 2]
+    assert len(both) == 400 // 16 + 1
+    assert all(1 in counts.values() for counts in both)
+
+
+def test_waiting_requests_run_in_order_of_arrival(start):
+    executor = FakeExecutor()
+    gate = Gate(executor)
+    engine = start(executor=executor, parallel=1)
+    sequences = [engine.submit(prompt(3, seed=i), params=GREEDY, max_tokens=2) for i in range(5)]
+    gate.wait()
+    assert (engine.stats.running, engine.stats.waiting) == (1, 4)
+    gate.go.set()
+    ends = [read(seq).updates[-2].t for seq in sequences]
+    assert ends == sorted(ends)
+
+
+def test_full_queue_refuses_and_recovers(start):
+    executor = FakeExecutor()
+    gate = Gate(executor)
+    engine = start(executor=executor, parallel=1, queue_limit=2)
+    sequences = [engine.submit([i], params=GREEDY, max_tokens=2) for i in range(3)]
+    gate.wait()
+    with pytest.raises(Overloaded):
+        engine.submit([9], params=GREEDY)
+    engine.cancel(sequences[2])
+    sequences.append(engine.submit([9], params=GREEDY, max_tokens=2))
+    gate.go.set()
+    assert [read(seq).reason for seq in sequences] == ["length", "length", "cancelled", "length"]
+
+
+def test_requests_wait_for_pages_and_nothing_running_is_dropped(start):
+    engine = start(n_ctx=128, n_pages=4, parallel=4)  # four pages: one answer of four, or four of one
+    sequences = [engine.submit(prompt(20, seed=i), params=GREEDY, max_tokens=n)
+                 for i, n in enumerate([100, 10, 10, 100, 44, 10])]
+    for i, (seq, n) in enumerate(zip(sequences, [100, 10, 10, 100, 44, 10])):
+        assert read(seq).ids == answer_after(prompt(20, seed=i), n)
+
+
+# Prefix reuse
+
+def test_second_turn_prefills_only_what_is_new(start):
+    engine = start()
+    first = prompt(100)
+    answer = generate(engine, first, 20).ids
+    assert engine.stats.n_prefilled_tokens == 100
+    other = prompt(70, seed=9)
+    generate(engine, other, 20)                             # another chat in between
+    assert engine.stats.n_prefilled_tokens == 170
+    second = [*first, *answer, *prompt(30, seed=1)]
+    seq = engine.submit(second, params=GREEDY, max_tokens=20)
+    assert read(seq).ids == answer_after(second, 20)
+    assert seq.n_cached == 119                              # the last sampled token was never computed
+    assert engine.stats.n_prefilled_tokens == 170 + 31
+    assert engine.stats.n_reused_tokens == 119
+
+
+def test_branches_of_one_chat_share_its_full_pages(start):
+    engine = start()
+    first = prompt(100)
+    answer = generate(engine, first, 20).ids
+    for seed in (1, 2, 3):
+        branch = [*first, *answer, *prompt(30, seed=seed)]
+        seq = engine.submit(branch, params=GREEDY, max_tokens=5)
+        assert read(seq).ids == answer_after(branch, 5)
+        assert seq.n_cached >= 96
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 64, 65])
+def test_equal_prompt_computes_at_least_its_last_token(start, n):
+    engine = start()
+    for _ in range(3):
+        seq = engine.submit(prompt(n), params=GREEDY, max_tokens=3)
+        assert read(seq).ids == answer_after(prompt(n), 3)
+        assert seq.n_cached <= n - 1
+    assert seq.n_cached >= (n - 1) // PAGE_TOKENS * PAGE_TOKENS
+
+
+def test_requests_of_the_same_moment_share_their_beginning(start):
+    executor = FakeExecutor()
+    gate = Gate(executor)
+    engine = start(executor=executor, chunk=128)
+    sequences = [engine.submit([*prompt(128), i], params=GREEDY, max_tokens=3) for i in range(4)]
+    gate.wait()
+    gate.go.set()
+    for i, seq in enumerate(sequences):
+        assert read(seq).ids == answer_after([*prompt(128), i], 3)
+    assert engine.stats.n_prefilled_tokens == 128 + 4
+    assert [seq.n_cached for seq in sequences] == [0, 128, 128, 128]
+
+
+def test_least_recently_used_chat_is_forgotten_first(start):
+    engine = start(n_ctx=128, n_pages=8, parallel=1)
+    old, kept, new = prompt(70, seed=1), prompt(70, seed=2), prompt(70, seed=3)
+    for ids in (old, kept, new):
+        generate(engine, ids, 2)
+    cached = {}
+    for name, ids in (("new", new), ("kept", kept), ("old", old)):
+        seq = engine.submit(ids, params=GREEDY, max_tokens=2)
+        assert read(seq).ids == answer_after(ids, 2)
+        cached[name] = seq.n_cached
+    assert cached["new"] == cached["kept"] == 64 and cached["old"] < 64
+
+
+# Cancelling
+
+def test_cancelling_while_queued_prefilling_or_decoding_returns_everything(start):
+    executor = FakeExecutor(n_pages=64)
+    gate = Gate(executor, later=lambda batch: at_step_ten())
+    engine = start(executor=executor, parallel=2, chunk=8)
+    decoding = engine.submit(prompt(6), params=GREEDY, max_tokens=400)
+    prefilling = engine.submit(prompt(400, seed=1), params=GREEDY, max_tokens=5)
+    queued = engine.submit(prompt(9, seed=2), params=GREEDY)
+
+    def at_step_ten():
+        if len(executor.steps) == 10:
+            for seq in (queued, prefilling, decoding, decoding):
+                engine.cancel(seq)
+
+    gate.go.set()
+    results = [read(seq) for seq in (decoding, prefilling, queued)]
+    assert [r.reason for r in results] == ["cancelled"] * 3
+    assert len(results[0].ids) == 10 and results[1].ids == results[2].ids == []
+    after = generate(engine, prompt(30, seed=4), 30)  # slots and pages are there again
+    assert after.ids == answer_after(prompt(30, seed=4), 30)
+    assert engine.stats.free_pages == 64
+    engine.cancel(decoding)
+
+
+def test_cancelled_chat_leaves_its_prefix_for_the_next(start):
+    executor = FakeExecutor()
+    gate = Gate(executor, later=lambda batch: engine.cancel(seq) if len(executor.steps) == 3 else None)
+    engine = start(executor=executor, chunk=32)
+    seq = engine.submit(prompt(200), params=GREEDY)
+    gate.go.set()
+    assert read(seq).reason == "cancelled"
+    again = engine.submit(prompt(200), params=GREEDY, max_tokens=5)
+    assert read(again).ids == answer_after(prompt(200), 5)
+    assert again.n_cached == 96
+
+
+def test_cancelling_a_finished_sequence_does_nothing(start):
+    engine = start()
+    seq = engine.submit([1], params=GREEDY, max_tokens=1)
+    assert read(seq).reason == "length"
+    engine.cancel(seq)
+    assert generate(engine, [2], 3).ids == answer_after([2], 3)
+
+
+# Faults
+
+def test_failing_step_ends_the_running_and_the_engine_lives_on(start, caplog):
+    executor = FakeExecutor()
+    engine = start(executor=executor, parallel=2)
+
+    def fail_once(batch):
+        if len(executor.steps) == 5:
+            raise ZeroDivisionError("in the kernel")
+
+    executor.before_step = fail_once
+    sequences = [engine.submit(prompt(40, seed=i), params=GREEDY, max_tokens=20) for i in range(3)]
+    results = [read(seq) for seq in sequences]
+    assert [r.reason for r in results].count("error") in (1, 2)
+    for i, result in enumerate(results):
+        assert result.ids == answer_after(prompt(40, seed=i), 20)[:len(result.ids)]
+        if result.reason == "error":
+            assert isinstance(result.error, KernelError) and "in the kernel" in str(result.error)
+    assert results[2].reason == "length"
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_error_of_our_own_arrives_as_it_is(start):
+    executor = FakeExecutor()
+    engine = start(executor=executor)
+    error = KernelError("no such page")
+
+    def fail(batch):
+        raise error
+
+    executor.before_step = fail
+    assert generate(engine, [1], 5).error is error
+
+
+def test_broken_logits_of_one_sequence_leave_the_others_alone(start):
+    executor = FakeExecutor()
+    row, step = executor._row, executor.step
+    executor._row = lambda batch, i: (np.full(97, np.nan, np.float32)
+                                      if batch.positions[i] == 44 else row(batch, i))
+    engine = start(executor=executor)
+    broken = engine.submit(prompt(45), params=GREEDY, max_tokens=20)
+    fine = engine.submit(prompt(3), params=GREEDY, max_tokens=20)
+    assert read(fine).ids == answer_after(prompt(3), 20)
+    assert read(broken).reason == "error"
+    executor._row = row
+    assert generate(engine, prompt(45), 5).ids == answer_after(prompt(45), 5)
+    assert executor.step == step
+
+
+def test_nothing_computed_before_a_fault_is_reused(start):
+    executor = FakeExecutor()
+    engine = start(executor=executor)
+    generate(engine, prompt(100), 5)
+
+    def fail(batch):
+        executor.before_step = None
+        raise MemoryError
+
+    executor.before_step = fail
+    assert generate(engine, prompt(3, seed=1), 5).reason == "error"
+    seq = engine.submit(prompt(100), params=GREEDY, max_tokens=5)
+    assert read(seq).ids == answer_after(prompt(100), 5)
+    assert seq.n_cached == 0
+
+
+# Closing
+
+def test_close_ends_running_and_waiting_with_the_error():
+    executor = FakeExecutor()
+    gate = Gate(executor, at_step=2)
+    engine = Engine(executor, n_ctx=512, parallel=1)
+    sequences = [engine.submit([i], params=GREEDY) for i in range(3)]
+    gate.wait()
+    error = TinychatError("unloaded", code="model_unloaded")
+    closer = threading.Thread(target=engine.close, args=(error,))
+    closer.start()
+    with engine._wake:
+        assert engine._wake.wait_for(lambda: engine._closing, WAIT_S)
+    gate.go.set()
+    assert [read(seq).error for seq in sequences] == [error] * 3
+    closer.join(WAIT_S)
+    assert not engine._thread.is_alive() and engine.close()
+    assert engine.stats.free_pages == engine.stats.n_pages
+    with pytest.raises(Overloaded):
+        engine.submit([1], params=GREEDY)
+    with pytest.raises(Overloaded):
+        engine.logits([1])
+
+
+def test_close_does_not_wait_for_ever_for_a_step(monkeypatch, caplog):
+    monkeypatch.setattr("tinychat.engine.engine.CLOSE_TIMEOUT_S", 0.01)
+    executor = FakeExecutor()
+    gate = Gate(executor)
+    engine = Engine(executor, n_ctx=512, parallel=1)
+    sequences = [engine.submit([i], params=GREEDY) for i in range(2)]
+    gate.wait()
+    assert engine.close() is False
+    assert [read(seq).reason for seq in sequences] == ["error", "error"]
+    gate.go.set()
+    monkeypatch.undo()
+    assert engine.close() is True
+    assert engine.stats.free_pages == engine.stats.n_pages
+
+
+def test_interpreter_exits_with_an_open_engine():
+    code = ("from helpers_engine import *; from tinychat.engine import Engine\n"
+            "engine = Engine(FakeExecutor(), n_ctx=2048)\n"
+            "seq = engine.submit([1], params=GREEDY)\n"
+            "print(next(seq.updates(20)))\n")
+    import helpers_engine
+    import tinychat
+    roots = [str(p) for p in (*tinychat.__path__, helpers_engine.__file__)]
+    script = "".join(f"import sys; sys.path.insert(0, {root.rsplit('/', 1)[0]!r})\n" for root in roots) + code
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "PromptStarted()\n", "")
+
+
+# Reading updates
+
+def test_updates_time_out_and_may_be_asked_again(start):
+    executor = FakeExecutor()
+    gate = Gate(executor)
+    engine = start(executor=executor)
+    updates = engine.submit([1], params=GREEDY, max_tokens=2).updates(0.01)
+    gate.wait()
+    assert next(updates) == PromptStarted()
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            next(updates)
+    gate.go.set()
+    rest = []
+    while len(rest) < 4:
+        try:
+            rest.append(next(updates))
+        except TimeoutError:
+            pass
+    assert [u.id for u in rest if isinstance(u, Token)] == answer_after([1], 2)
+    with pytest.raises(StopIteration):
+        next(updates)
+
+
+def test_times_are_in_order(start):
+    updates = generate(start(), prompt(5), 5).updates
+    times = [u.t for u in updates if hasattr(u, "t")]
+    assert times == sorted(times) and len(times) == 6
+
+
+def test_one_line_per_sequence_is_logged_without_contents(start, caplog):
+    caplog.set_level("INFO", "tinychat.engine")
+    generate(start(), prompt(40), 5)
+    lines = [r.getMessage() for r in caplog.records]
+    assert len(lines) == 1 and "40 tokens in, 0 cached" in lines[0] and lines[0].endswith("length")
+
+
+# logits()
+
+def test_logits_of_every_token_while_others_run(start):
+    executor = FakeExecutor(max_outputs=16)
+    engine = start(executor=executor, chunk=24)
+    talking = engine.submit(prompt(5), params=GREEDY, max_tokens=100)
+    rows = engine.logits(prompt(100, seed=3))
+    assert read(talking).ids == answer_after(prompt(5), 100)
+    assert rows.shape == (100, 97) and rows.dtype == np.float32
+    for i in (0, 15, 16, 50, 99):
+        assert (rows[i] == logits_after(prompt(100, seed=3)[:i + 1])).all()
+
+
+def test_logits_wait_for_pages(start):
+    engine = start(n_ctx=128, n_pages=4)
+    talking = engine.submit(prompt(5), params=GREEDY)
+    rows = engine.logits(prompt(128, seed=3))
+    assert (rows[-1] == logits_after(prompt(128, seed=3))).all()
+    assert read(talking).reason == "context"
+
+
+def test_fault_in_logits_is_the_callers_alone(start):
+    executor = FakeExecutor()
+    engine = start(executor=executor)
+
+    def fail(batch):
+        if len(batch.outputs) > 1:
+            raise RuntimeError("boom")
+
+    executor.before_step = fail
+    talking = engine.submit([5], params=GREEDY, max_tokens=50)
+    with pytest.raises(KernelError, match="boom"):
+        engine.logits([1, 2, 3])
+    assert read(talking).ids == answer_after([5], 50)
+
+
+def test_logits_longer_than_the_context_are_refused(start):
+    engine = start(n_ctx=64)
+    assert engine.logits(prompt(64)).shape == (64, 97)
+    with pytest.raises(ContextOverflow):
+        engine.logits(prompt(65))
+
+
+# Any order of things
+
+ACTION = st.one_of(
+    st.tuples(st.just("submit"), st.integers(0, 3), st.integers(1, 120), st.integers(1, 40)),
+    st.tuples(st.just("continue"), st.integers(0, 30), st.integers(0, 40), st.integers(1, 20)),
+    st.tuples(st.just("cancel"), st.integers(0, 30), st.just(0), st.just(0)),
+    st.tuples(st.just("fail"), st.just(0), st.just(0), st.just(0)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(script=st.lists(st.tuples(st.integers(0, 6), ACTION), max_size=25), n_pages=st.integers(6, 20),
+       parallel=st.integers(1, 5), chunk=st.sampled_from([1, 7, 32, 50, 512]), max_tokens=st.sampled_from([8, 64]))
+def test_any_schedule_gives_right_answers_and_returns_all_pages(script, n_pages, parallel, chunk, max_tokens):
+    """Each action happens so many steps after the one before, on the engine's thread, in the middle of a step."""
+    executor = FakeExecutor(n_pages=n_pages, max_tokens=max_tokens)
+    engine = Engine(executor, n_ctx=6 * PAGE_TOKENS, parallel=parallel, chunk=chunk, queue_limit=1000)
+    prompts, sequences, todo = [[1, 2, 3]], [], list(reversed(script))
+
+    def submit(ids, n):
+        prompts.append(ids)
+        sequences.append((engine.submit(ids, params=GREEDY, max_tokens=n), ids, n))
+
+    def act(kind, a, b, n):
+        if kind == "submit":
+            submit(prompt(b, seed=a), n)
+        elif kind == "continue":
+            ids = prompts[a % len(prompts)]
+            submit([*ids, *answer_after(ids, b // 2), *prompt(b // 2, seed=b)][:6 * PAGE_TOKENS - 1], n)
+        elif kind == "cancel" and sequences:
+            engine.cancel(sequences[a % len(sequences)][0])
+        elif kind == "fail":
+            raise RuntimeError("scripted")
+
+    due = [todo[-1][0] if todo else 0]
+
+    def before_step(batch):
+        check_pages(engine._cache, [seq.lease for seq in engine._running])
+        due[0] -= 1
+        while todo and due[0] <= 0:
+            _, action = todo.pop()
+            due[0] += todo[-1][0] if todo else 0
+            act(*action)
+
+    executor.before_step = before_step
+    try:
+        submit([1, 2, 3], 40)
+        n_read = 0
+        while n_read < len(sequences):
+            seq, ids, n = sequences[n_read]
+            result = read(seq)
+            expected = answer_after(ids, n)
+            assert result.ids == expected[:len(result.ids)]
+            assert result.reason in ("length", "context", "cancelled", "error")
+            if result.reason in ("length", "context"):
+                assert len(result.ids) == min(n, 6 * PAGE_TOKENS - len(ids))
+            n_read += 1
+    finally:
+        assert engine.close()
+    assert engine.stats.free_pages == n_pages
+    check_pages(engine._cache, [])

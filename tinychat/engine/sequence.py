@@ -1,0 +1,143 @@
+"""One request as the engine sees it: its tokens, where it stands, and the updates its submitter reads."""
+import itertools
+import queue
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinychat.engine.kv_cache import Lease
+from tinychat.engine.sampler import Sampler
+from tinychat.errors import TinychatError
+
+
+@dataclass(frozen=True)
+class PromptStarted:
+    """The sequence left the queue."""
+
+
+@dataclass(frozen=True)
+class PromptProgress:
+    """`done` of the prompt's `total` tokens are in the cache, those reused included."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class PromptDone:
+    t: float  # time.perf_counter() at the end of the step
+
+
+@dataclass(frozen=True)
+class Token:
+    """One sampled token; the one that ends the turn comes too."""
+
+    id: int
+    t: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last update. reason: stop, length (max_tokens), context (n_ctx), cancelled, error."""
+
+    reason: str
+    error: TinychatError | None = None
+
+
+Update = PromptStarted | PromptProgress | PromptDone | Token | Finished
+
+_ids = itertools.count(1)
+
+
+class Sequence:
+    """The submitter reads `id`, `n_prompt`, `n_cached` (final at PromptDone) and `updates()`.
+
+    The rest belongs to the engine. Its tokens are `ids[:n_tokens]`, prompt first; the keys and values of the
+    first `n_done` are computed. `limit` is how many tokens it can ever have, `len(ids)`.
+    """
+
+    def __init__(self, prompt: list[int], *, sampler: Sampler, max_tokens: int | None,
+                 stop_ids: frozenset[int], n_ctx: int):
+        self.id = next(_ids)
+        self.n_prompt = len(prompt)
+        self.n_cached = 0
+        self.sampler = sampler
+        self.stop_ids = stop_ids
+        self.full_reason = "context"
+        limit = n_ctx
+        if max_tokens is not None and self.n_prompt + max_tokens <= n_ctx:
+            limit, self.full_reason = self.n_prompt + max_tokens, "length"
+        self.ids = np.empty(limit, np.int32)
+        self.ids[:self.n_prompt] = prompt
+        self.n_tokens = self.n_prompt
+        self.n_done = 0
+        self.cancelled = False
+        self.finished: Finished | None = None
+        self.lease: Lease | None = None  # held from admission to the end
+        self.slot = -1                   # its row of the page table
+        self.t_submitted = time.perf_counter()
+        self.t_started = self.t_prompt_done = self.t_submitted
+        self._updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
+
+    @property
+    def limit(self) -> int:
+        return len(self.ids)
+
+    @property
+    def decoding(self) -> bool:
+        return self.n_tokens > self.n_prompt
+
+    @property
+    def n_generated(self) -> int:
+        return self.n_tokens - self.n_prompt
+
+    def recent_ids(self) -> np.ndarray:
+        return self.ids[max(0, self.n_tokens - self.sampler.params.repeat_last_n):self.n_tokens]
+
+    def append(self, id: int) -> str | None:
+        """Add a sampled token; returns the reason when it is the last."""
+        self.ids[self.n_tokens] = id
+        self.n_tokens += 1
+        if id in self.stop_ids:
+            return "stop"
+        return self.full_reason if self.n_tokens == len(self.ids) else None
+
+    def put(self, update: Update) -> None:
+        self._updates.put(update)
+
+    def finish(self, finished: Finished) -> bool:
+        """Send the last update; False when it was sent before."""
+        if self.finished is not None:
+            return False
+        self.finished = finished
+        self._updates.put(finished)
+        return True
+
+    def updates(self, timeout: float | None = None) -> "Updates":
+        """What happens to the sequence, in order, for one reader; ends after Finished.
+
+        timeout: seconds to wait for each update. When none came in time the iterator raises TimeoutError
+        and may be asked again.
+        """
+        return Updates(self._updates, timeout)
+
+
+class Updates(Iterator[Update]):
+    """Not a generator, because a generator is over once it has raised."""
+
+    def __init__(self, source: "queue.SimpleQueue[Update]", timeout: float | None):
+        self._source = source
+        self._timeout = timeout
+        self._over = False
+
+    def __next__(self) -> Update:
+        if self._over:
+            raise StopIteration
+        try:
+            update = self._source.get(timeout=self._timeout)
+        except queue.Empty:
+            raise TimeoutError(f"no update within {self._timeout} s") from None
+        self._over = type(update) is Finished
+        return update
