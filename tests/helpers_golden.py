@@ -1,0 +1,82 @@
+"""Golden files: where they are, what is in them, and how an executor is run over their tokens."""
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinychat.gguf_file import open_gguf
+from tinychat.models import build_program
+from tinychat.ops.program import Batch
+
+TESTS = Path(__file__).parent
+FOLDERS = (TESTS / "golden", TESTS.parents[1] / "shared" / "golden")
+ISA_LEVELS = ("scalar", "avx2", "avx512_vnni")
+EXECUTORS = ("reference", *(f"native {level}" for level in ISA_LEVELS))
+PAGES = np.array([[5, 2, 7, 0], [1, 6, 3, 4]], np.int32)  # of two sequences, in no order
+
+
+@dataclass(frozen=True, eq=False)
+class Golden:
+    """tokens int32 (T,), logits float32 (T, V), greedy int32 (16,), margins in units of `std`."""
+
+    path: Path
+    tokens: np.ndarray
+    logits: np.ndarray
+    std: float
+    greedy: np.ndarray
+    margins: np.ndarray
+
+    def worst(self, logits: np.ndarray) -> tuple[float, float]:
+        """(largest difference in units of std, smallest cosine of a row) of logits (T, V)."""
+        dots = (logits * self.logits).sum(axis=1, dtype=np.float64)
+        norms = np.linalg.norm(logits, axis=1) * np.linalg.norm(self.logits, axis=1)
+        return float(np.abs(logits - self.logits).max()) / self.std, float((dots / norms).min())
+
+
+def load_golden(name: str) -> Golden:
+    """The golden model of that name; skips the test where this checkout does not have it."""
+    for folder in FOLDERS:
+        if (folder / f"{name}.gguf").is_file():
+            break
+    else:
+        pytest.skip(f"{name} is neither in tests/golden nor in the developers' shared folder")
+    with np.load(folder / f"{name}.npz") as data:
+        std = float(data["logits"].std())
+        return Golden(folder / f"{name}.gguf", data["tokens"], data["logits"], std, data["greedy"],
+                      data["greedy_margin"] / std)
+
+
+def open_golden(golden: Golden, kind: str, kv_type: str = "f32"):
+    """An executor of the golden model: one of EXECUTORS; skips where this machine lacks it."""
+    limits = dict(n_pages=PAGES.size, max_tokens=128, max_outputs=128, max_sequences=2,
+                  kv_type=kv_type)
+    with open_gguf(golden.path) as file:
+        program = build_program(file)
+    if kind == "reference":
+        from tinychat.ops.reference import ReferenceExecutor
+        return ReferenceExecutor(program, **limits)
+    if find_spec("tinychat._kernels") is None:
+        pytest.skip("no compiled kernels")
+    from tinychat.ops import native
+    isa = kind.removeprefix("native ")
+    if isa not in native.isa_levels():
+        pytest.skip(f"this machine has no {isa}")
+    return native.NativeExecutor(program, **limits, isa=isa, threads=2)
+
+
+def step(executor, *parts: tuple[int, int, list[int]]) -> np.ndarray:
+    """One step of parts (sequence, first position, tokens); the logits of all tokens, a copy."""
+    tokens = np.concatenate([np.asarray(ids, np.int32) for _, _, ids in parts])
+    positions = np.concatenate([np.arange(at, at + len(ids)) for _, at, ids in parts])
+    sequences = np.concatenate([np.full(len(ids), s) for s, _, ids in parts])
+    positions, sequences = positions.astype(np.int32), sequences.astype(np.int32)
+    outputs = np.arange(len(tokens), dtype=np.int32)
+    return executor.step(Batch(tokens, positions, sequences, PAGES, outputs)).copy()
+
+
+def prefill(executor, tokens: np.ndarray, chunk: int) -> np.ndarray:
+    """Logits (T, V) of a prompt given in chunks."""
+    return np.concatenate([step(executor, (0, at, tokens[at:at + chunk]))
+                           for at in range(0, len(tokens), chunk)])
