@@ -1,0 +1,3 @@
+from tinychat.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,189 @@
+"""The door for programs: a model as an object, a tokenizer alone, a server inside the process."""
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from inspect import signature
+from pathlib import Path
+
+import numpy as np
+
+from tinychat import chat
+from tinychat.contract import parse_chat_request
+from tinychat.engine.sequence import Finished, Token
+from tinychat.errors import TinychatError
+from tinychat.gguf_file import open_gguf
+from tinychat.library import Library
+from tinychat.store import IN_MEMORY, Store
+from tinychat.text.tokenizer import Tokenizer
+
+Name = str | os.PathLike  # a key of the library, a name of the catalogue, or a file's path
+STORE_NAME = "responses.sqlite3"
+LIBRARY_OPTIONS = signature(Library).parameters.keys()
+
+
+def load(name: Name, *, context_length: int | None = None, store: str | os.PathLike = IN_MEMORY,
+         **options) -> "Model":
+    """The model of that name or path, in memory and ready; one of the catalogue is fetched on first use.
+
+    context_length: tokens of prompt and answer together; None: 4096, or the model's own when less.
+    store: where chats are kept for `previous_response_id`, a file or ":memory:".
+    options: parallel, queue_limit, kv_type ("f16", "f32"), threads, home; see `Library`.
+    Raises: ModelNotFound, ModelFileError, ModelLoadError.
+    """
+    library = Library(**options)
+    try:
+        key = library.ensure(name).key
+        return Model(library, key, Store(store), context_length)
+    except BaseException:
+        library.close()
+        raise
+
+
+def load_tokenizer(path: str | os.PathLike) -> "Vocabulary":
+    """The tokenizer of a GGUF file, which may hold nothing else. Raises: ModelFileError."""
+    with open_gguf(path) as file:
+        return Vocabulary(Tokenizer.from_metadata(file.metadata))
+
+
+def serve(models: "Name | Model | Iterable[Name]" = (), *, host: str = "127.0.0.1", port: int = 1234,
+          store: str | os.PathLike | None = None, **settings) -> "Serving":
+    """A server on its own threads, with the models named in memory; close it, or use it in a `with`.
+
+    models: names or paths; or one loaded `Model`, which the server then shares.
+    port: 0 takes a free one. store: None keeps chats in the data folder (a shared model's in its own store).
+    settings: the server's, such as cors and max_body_bytes, and those of `Library`, such as parallel and home.
+    Raises: TinychatError when a model cannot be loaded or the address is taken.
+    """
+    if isinstance(models, Model):
+        return Serving(models.library, models.store, owns=(), host=host, port=port, **settings)
+    names = [models] if isinstance(models, (str, os.PathLike)) else list(models)
+    with ExitStack() as undo:
+        library = Library(**{key: settings.pop(key) for key in LIBRARY_OPTIONS & settings.keys()})
+        undo.callback(library.close)
+        for name in names:
+            library.load(library.ensure(name).key)
+        responses = Store(library.home / STORE_NAME if store is None else store)
+        undo.callback(responses.close)
+        serving = Serving(library, responses, owns=(library, responses), host=host, port=port, **settings)
+        undo.pop_all()
+    return serving
+
+
+class Serving:
+    """A running server: `url`, `close()`."""
+
+    def __init__(self, library: Library, store: Store, *, owns: tuple, host: str, port: int, **settings):
+        from tinychat.server import make_server
+        self.library, self._owns = library, owns
+        self._server = make_server(library, store, host=host, port=port, **settings)
+        self.url: str = self._server.url
+        self._server.start()
+
+    def close(self) -> None:
+        """Stop taking requests, end those that run, free the models that it loaded; may be called again."""
+        self._server.close()
+        for owned in self._owns:
+            owned.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+
+class Vocabulary:
+    """Text to token ids and back."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """No BOS is added. special: whether control tokens written in the text are recognised."""
+        return self._tokenizer.encode(text, special=special)
+
+    def detokenize(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode(list(ids))
+
+
+class Model(Vocabulary):
+    """A loaded model. Its methods may be called from many threads; what they run shares the engine's steps."""
+
+    def __init__(self, library: Library, key: str, store: Store, context_length: int | None = None):
+        self.library, self.key, self.store = library, key, store
+        loaded = library.load(key, context_length=context_length)
+        super().__init__(loaded.tokenizer)
+        self._template = loaded.template
+        self.path: Path = loaded.entry.path
+        self.context_length = loaded.context_length
+        self.load_time_seconds = loaded.load_time_seconds
+        self._closed = False
+
+    def chat(self, input: str | list[dict], *, system_prompt: str | None = None, stream: bool = False,
+             temperature: float | None = None, top_p: float | None = None, top_k: int | None = None,
+             min_p: float | None = None, repeat_penalty: float | None = None,
+             max_output_tokens: int | None = None, reasoning: str | None = None,
+             context_length: int | None = None, previous_response_id: str | None = None, store: bool = True,
+             integrations: list | None = None) -> "dict | Iterator[dict]":
+        """The wire's `POST /api/v1/chat`: its response as a dict, or with `stream` its events one by one.
+
+        Closing the iterator stops the answer. None leaves a field out.
+        Raises: TinychatError, for a bad field at once; in a stream later errors are events.
+        """
+        self._check_open()
+        fields = {name: value for name, value in locals().items() if name != "self" and value is not None}
+        request = parse_chat_request({"model": self.key, **fields})
+        events = chat.run(self.library, self.store, request)
+        if stream:
+            return events
+        with closing(events):
+            return chat.fold(events)
+
+    def render(self, messages: list[dict], tools: list[dict] | None = None, **template_kwargs) -> str:
+        """The prompt that the model's own chat template makes of messages. Raises: TemplateError."""
+        return self._template.render(messages, tools, **template_kwargs)
+
+    def logits(self, ids: Iterable[int]) -> np.ndarray:
+        """float32 (n_tokens, n_vocab): row t scores what follows ids[:t + 1]. Raises: ContextOverflow."""
+        self._check_open()
+        with self.library.use(self.key) as loaded:
+            return loaded.engine.logits(list(ids))
+
+    def generate(self, ids: Iterable[int], *, max_tokens: int | None = None, stop_ids: Iterable[int] | None = None,
+                 seed: int | None = None, **sampling) -> Iterator[int]:
+        """The ids that follow `ids`, one by one, a stop id included; closing the iterator stops the engine.
+
+        stop_ids: None for the model's end-of-turn tokens, () for none. sampling: temperature, top_p, top_k,
+        min_p, repeat_penalty; the model's own settings where left out.
+        Raises: ContextOverflow, InvalidRequest, at the first id.
+        """
+        self._check_open()
+        stops = self._tokenizer.eog_ids if stop_ids is None else frozenset(stop_ids)
+        with self.library.use(self.key) as loaded:
+            sequence = loaded.engine.submit(list(ids), params=replace(loaded.defaults, **sampling),
+                                            max_tokens=max_tokens, stop_ids=stops, seed=seed)
+            try:
+                for update in sequence.updates():
+                    if isinstance(update, Token):
+                        yield update.id
+                    elif isinstance(update, Finished) and update.error:
+                        raise update.error
+            finally:
+                loaded.engine.cancel(sequence)
+
+    def close(self) -> None:
+        """Free the model; what still runs on it ends with an error. May be called again."""
+        self._closed = True
+        self.library.close()
+        self.store.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TinychatError(f"the model {self.key} is closed")

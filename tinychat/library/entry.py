@@ -1,0 +1,172 @@
+"""What the models list says about one file, all of it read from the file itself.
+
+Source of the fields: the HTTP contract, `GET /api/v1/models`.
+"""
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gguf.constants import LlamaFileType
+
+from tinychat.errors import ModelFileError
+from tinychat.gguf_file import GGUFFile, open_gguf
+
+QUANT_SUFFIX = re.compile(r"[-._](I?Q\d\w*|[BF]\d{2}|MXFP4\w*)$", re.IGNORECASE)  # model-Q4_K_M
+SIZE_LABEL = re.compile(r"(\d+x)?\d+(\.\d+)?[KMBTQ](-A\d+(\.\d+)?[KMBT])?")  # 135M, 8x7B, 30B-A3B
+PART = re.compile(r"-(\d{5})-of-(\d{5})$")
+DEFAULT_QUANTS = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0")  # first choice among a folder's files
+_FILE_TYPES = {kind.value: kind.name.split("_", 1)[1] for kind in LlamaFileType if "_" in kind.name}
+DEFAULT_MAX_CONTEXT = 2048  # for the rare file that does not say
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """name: "Q4_K_M" …; bits_per_weight: all tensors' bits by all tensors' values."""
+
+    name: str | None
+    bits_per_weight: float | None
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model on disk; `path` is the chosen variant's file, the first one when it is split."""
+
+    key: str
+    publisher: str
+    display_name: str
+    architecture: str
+    quantization: Quantization
+    size_bytes: int
+    params_string: str | None
+    max_context_length: int
+    path: Path
+    type: str = "llm"
+    description: str | None = None
+    capabilities: dict = field(default_factory=dict)
+    variants: tuple[str, ...] = ()
+    selected_variant: str | None = None
+
+    def to_json(self, instances: list[dict] = ()) -> dict:
+        """The wire's object; `instances` are the wire's `{"id", "config"}`."""
+        body = {
+            "type": self.type, "publisher": self.publisher, "key": self.key,
+            "display_name": self.display_name,
+            "quantization": {"name": self.quantization.name,
+                             "bits_per_weight": self.quantization.bits_per_weight},
+            "size_bytes": self.size_bytes, "params_string": self.params_string,
+            "loaded_instances": list(instances), "max_context_length": self.max_context_length,
+            "format": "gguf",
+        }
+        if self.type == "llm":
+            body |= {"architecture": self.architecture, "capabilities": self.capabilities,
+                     "description": self.description}
+        if self.variants:
+            body |= {"variants": list(self.variants), "selected_variant": self.selected_variant}
+        return body
+
+
+def describe(path: Path, key: str, publisher: str,
+             reasoning: Callable[[dict], dict | None] = lambda metadata: None) -> ModelEntry:
+    """The entry of one file. `reasoning` gives the contract's capability, or None, from the metadata.
+
+    Raises: ModelFileError when the file is malformed, or holds no language model.
+    """
+    with open_gguf(path) as file:
+        metadata, architecture = file.metadata, file.architecture
+        if not file.tensors or architecture == "clip":
+            raise ModelFileError(f"{path}: expected a language model, got "
+                                 f"{'a vision tower' if file.tensors else 'a vocabulary without weights'}")
+        embedding = f"{architecture}.pooling_type" in metadata
+        return ModelEntry(
+            key=key, publisher=publisher or _text(metadata, "general.organization") or "",
+            display_name=_text(metadata, "general.name") or PART.sub("", path.stem),
+            architecture=architecture, quantization=quantization(file),
+            size_bytes=sum(part.stat().st_size for part in parts(path)),
+            params_string=params_string(file),
+            max_context_length=max(1, _int(metadata, f"{architecture}.context_length",
+                                           DEFAULT_MAX_CONTEXT)),
+            path=path, type="embedding" if embedding else "llm",
+            description=_text(metadata, "general.description"),
+            capabilities={} if embedding else _capabilities(metadata, reasoning))
+
+
+def quantization(file: GGUFFile) -> Quantization:
+    n_bits = 8 * sum(t.n_bytes for t in file.tensors.values())
+    n_values = _n_values(file)
+    return Quantization(_quantization_name(file), round(n_bits / n_values, 2) if n_values else None)
+
+
+def _quantization_name(file: GGUFFile) -> str | None:
+    """What the file says of itself, else the type of most of its matrices."""
+    number = file.metadata.get("general.file_type")
+    if number in _FILE_TYPES:
+        return _FILE_TYPES[number]
+    matrices = Counter(t.qtype.name for t in file.tensors.values() if len(t.shape) > 1)
+    return matrices.most_common(1)[0][0] if matrices else None
+
+
+def params_string(file: GGUFFile) -> str | None:
+    label = _text(file.metadata, "general.size_label")
+    if label and SIZE_LABEL.fullmatch(label):
+        return label
+    n_values = _n_values(file)
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if n_values >= size:
+            return f"{n_values / size:.2g}{unit}" if n_values < 100 * size else f"{n_values // size}{unit}"
+    return None
+
+
+def _n_values(file: GGUFFile) -> int:
+    return sum(math.prod(tensor.shape) for tensor in file.tensors.values())
+
+
+def _capabilities(metadata: dict, reasoning) -> dict:
+    template = _text(metadata, "tokenizer.chat_template") or ""
+    found = {"vision": False, "trained_for_tool_use": "tools" in template}
+    if options := reasoning(metadata):
+        found["reasoning"] = options
+    return found
+
+
+def parts(path: Path) -> list[Path]:
+    """All files of a model that may be split, this one first."""
+    if not (part := PART.search(path.stem)):
+        return [path]
+    stem, n = path.stem[:part.start()], part[2]
+    return [path, *(p for p in sorted(path.parent.glob(f"{stem}-*-of-{n}.gguf")) if p != path)]
+
+
+def is_model_file(path: Path) -> bool:
+    """A file to list: not hidden, not a vision tower's file, not a later part of a split one."""
+    part = PART.search(path.stem)
+    return (path.suffix == ".gguf" and not path.name.startswith(".") and "mmproj" not in path.name.lower()
+            and (part is None or int(part[1]) == 1))
+
+
+def key_of_stem(stem: str) -> str:
+    """`SmolLM2-135M-Instruct.Q4_1` -> `smollm2-135m-instruct`."""
+    return QUANT_SUFFIX.sub("", PART.sub("", stem)).lower()
+
+
+def key_of_folder(name: str) -> str:
+    """`Qwen3-4B-GGUF` -> `qwen3-4b`."""
+    return re.sub(r"-gguf$", "", name.lower())
+
+
+def preferred(entries: list[ModelEntry]) -> ModelEntry:
+    """Which of a folder's files its key means: the usual 4 bits if there, else the smallest."""
+    rank = {name: i for i, name in enumerate(DEFAULT_QUANTS)}
+    return min(entries, key=lambda e: (rank.get(e.quantization.name, len(rank)), e.size_bytes, e.path))
+
+
+def _text(metadata: dict, key: str) -> str | None:
+    value = metadata.get(key)
+    return value if isinstance(value, str) and value else None
+
+
+def _int(metadata: dict, key: str, default: int) -> int:
+    value = metadata.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else default

@@ -1,0 +1,141 @@
+"""One model in memory: file, program, executor, engine and text, opened and closed together."""
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from tinychat.engine.engine import Engine
+from tinychat.engine.sampler import SamplingParams
+from tinychat.errors import InvalidRequest, ModelFileError, ModelLoadError, TinychatError
+from tinychat.gguf_file import GGUFFile, open_gguf
+from tinychat.library.entry import ModelEntry
+from tinychat.library.memory import MemoryPlan, available_memory, plan_memory
+from tinychat.models import build_program
+from tinychat.ops import open_executor
+from tinychat.ops.program import Program
+from tinychat.text.template import ChatTemplate
+from tinychat.text.tokenizer import Tokenizer
+
+CHUNK = 512  # tokens of one prefill step
+MIN_SLOTS = 64
+MIN_CONTEXT = 2  # a prompt token and an answer's
+SAMPLING_KEYS = {  # a model's own generation settings: ours, and where the file keeps them
+    "temperature": "general.sampling.temp", "top_p": "general.sampling.top_p",
+    "top_k": "general.sampling.top_k", "min_p": "general.sampling.min_p",
+    "repeat_penalty": "general.sampling.penalty_repeat",
+}
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """What every load of a library shares; kv_type "f16" or "f32", threads None: as many as cores."""
+
+    parallel: int = 4
+    queue_limit: int = 64
+    kv_type: str = "f16"
+    threads: int | None = None
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """`n_users` belongs to the library, under its lock."""
+
+    entry: ModelEntry
+    file: GGUFFile
+    program: Program
+    executor: object
+    engine: Engine
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    context_length: int
+    defaults: SamplingParams
+    memory: MemoryPlan
+    settings: LoadSettings
+    load_time_seconds: float
+    n_users: int = 0
+
+    @property
+    def busy(self) -> bool:
+        stats = self.engine.stats
+        return self.n_users > 0 or stats.running > 0 or stats.waiting > 0
+
+    def to_json(self) -> dict:
+        """The wire's loaded instance."""
+        return {"id": self.entry.key, "config": {
+            "context_length": self.context_length, "eval_batch_size": CHUNK,
+            "parallel": self.settings.parallel}}
+
+    def close(self, error: TinychatError | None = None) -> None:
+        """End what runs with `error` and give the memory back."""
+        if self.engine.close(error):  # else a step is stuck inside the executor: better to keep its memory
+            self.executor.close()
+            self.file.close()
+
+
+def open_model(entry: ModelEntry, n_ctx: int, settings: LoadSettings,
+               report: Callable[[float], None] = lambda part: None) -> LoadedModel:
+    """Load a model with a context of `n_ctx` tokens; `report` gets 0 to 1.
+
+    Raises: ModelFileError, ModelLoadError; both with param "model".
+    """
+    try:
+        return _open_model(entry, n_ctx, settings, report)
+    except (ModelFileError, ModelLoadError) as error:
+        error.param = error.param or "model"
+        raise
+    except (TinychatError, OSError, MemoryError) as error:
+        said = "out of memory" if isinstance(error, MemoryError) else error
+        raise ModelLoadError(f"{entry.key}: {said}", param="model") from error
+
+
+def _open_model(entry, n_ctx, settings, report) -> LoadedModel:
+    start = time.perf_counter()
+    n_ctx = max(n_ctx, MIN_CONTEXT)
+    with ExitStack() as undo:
+        file = undo.enter_context(open_gguf(entry.path))
+        report(0.05)
+        program = build_program(file)
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+        template = ChatTemplate.from_metadata(file.metadata, tokenizer)
+        report(0.3)
+        memory = plan(program, n_ctx, settings)
+        executor = open_executor(program, n_pages=memory.n_pages, max_tokens=CHUNK,
+                                 max_outputs=max(MIN_SLOTS, settings.parallel),
+                                 max_sequences=max(MIN_SLOTS, settings.parallel + 1),
+                                 kv_type=settings.kv_type, threads=settings.threads)
+        undo.callback(executor.close)
+        engine = Engine(executor, n_ctx=n_ctx, parallel=settings.parallel,
+                        queue_limit=settings.queue_limit, chunk=CHUNK)
+        undo.callback(engine.close)
+        report(1.0)
+        undo.pop_all()
+    return LoadedModel(entry, file, program, executor, engine, tokenizer, template, n_ctx,
+                       sampling_defaults(file.metadata), memory, settings, time.perf_counter() - start)
+
+
+def plan(program: Program, n_ctx: int, settings: LoadSettings, freed_bytes: int = 0) -> MemoryPlan:
+    """`freed_bytes`: what will be given back before the load. Raises: ModelLoadError."""
+    available = available_memory()
+    return plan_memory(program, n_ctx=n_ctx, parallel=settings.parallel, max_tokens=CHUNK,
+                       kv_type=settings.kv_type, dequantized=runs_on_reference(),
+                       available=None if available is None else available + freed_bytes)
+
+
+def runs_on_reference() -> bool:
+    """Whether open_executor will choose NumPy, which holds every weight as float32."""
+    return os.environ.get("TINYCHAT_PURE") == "1" or find_spec("tinychat._kernels") is None
+
+
+def sampling_defaults(metadata: dict) -> SamplingParams:
+    """The file's own settings over ours; one that makes no sense is left out."""
+    params = SamplingParams()
+    for name, key in SAMPLING_KEYS.items():
+        value = metadata.get(key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            try:
+                params = SamplingParams(**{**vars(params), name: type(getattr(params, name))(value)})
+            except (InvalidRequest, ValueError, OverflowError):
+                continue
+    return params

@@ -1,0 +1,100 @@
+"""How much memory a model will take, and whether the machine has it, before anything is allocated."""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinychat.errors import ModelLoadError
+from tinychat.ops.program import PAGE_TOKENS, Program, plan_slots
+
+KV_BYTES = {"f16": 2, "f32": 4}
+HEADROOM = 0.95       # share of the available memory that a load may plan for
+CGROUP = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes, but for n_pages: pages of PAGE_TOKENS positions in the KV pool."""
+
+    weight_bytes: int
+    buffer_bytes: int
+    page_bytes: int
+    n_pages: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.buffer_bytes + self.n_pages * self.page_bytes
+
+
+def plan_memory(program: Program, *, n_ctx: int, parallel: int, max_tokens: int, kv_type: str = "f16",
+                dequantized: bool = False, available: int | None = None) -> MemoryPlan:
+    """A KV pool in which `parallel` sequences of `n_ctx` tokens fit, or as many pages as memory allows.
+
+    The pool never has fewer pages than one full context: with less the load is refused. Sequences that
+    do not fit at the same time wait for pages; they are never dropped.
+    dequantized: weights become float32 (the reference executor).
+    available: bytes that may be used; None when the machine does not tell.
+    Raises: ModelLoadError with both figures.
+    """
+    weights = program.weights()
+    weight_bytes = sum(4 * math.prod(w.shape) if dequantized else w.n_bytes for w in weights)
+    buffer_bytes = 4 * max_tokens * sum(plan_slots(program)[1])
+    page_bytes = PAGE_TOKENS * kv_bytes_per_token(program, kv_type)
+    least = math.ceil(n_ctx / PAGE_TOKENS)
+    n_pages = least * parallel
+    if available is not None:
+        left = int(available * HEADROOM) - weight_bytes - buffer_bytes
+        if left < least * page_bytes:
+            needed = weight_bytes + buffer_bytes + least * page_bytes
+            raise ModelLoadError(
+                f"{program.name}: needs {gigabytes(needed)} (weights {gigabytes(weight_bytes)}, {n_ctx} tokens of "
+                f"context {gigabytes(least * page_bytes)}), but only {gigabytes(available)} of memory are available",
+                param="model")
+        n_pages = min(n_pages, left // page_bytes) if page_bytes else n_pages
+    return MemoryPlan(weight_bytes, buffer_bytes, page_bytes, n_pages)
+
+
+def kv_bytes_per_token(program: Program, kv_type: str) -> int:
+    return KV_BYTES[kv_type] * sum(h.n_head_kv * (h.key_length + h.value_length) for h in program.kv)
+
+
+def available_memory() -> int | None:
+    """Bytes this process may still take: the least of what the machine and its cgroup leave; None if unknown."""
+    found = [n for n in (_meminfo(MEMINFO), _cgroup_v2(CGROUP), _cgroup_v1(CGROUP / "memory")) if n is not None]
+    return min(found) if found else None
+
+
+def _meminfo(path: Path) -> int | None:
+    for line in _lines(path):
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return None
+
+
+def _cgroup_v2(folder: Path) -> int | None:
+    return _limit_left(folder / "memory.max", folder / "memory.current", folder / "memory.stat", "inactive_file")
+
+
+def _cgroup_v1(folder: Path) -> int | None:
+    return _limit_left(folder / "memory.limit_in_bytes", folder / "memory.usage_in_bytes",
+                       folder / "memory.stat", "total_inactive_file")
+
+
+def _limit_left(limit: Path, usage: Path, stat: Path, reclaimable: str) -> int | None:
+    """limit - usage + what the kernel would give back; v2 writes "max" for no limit, v1 a huge number."""
+    limits, used = _lines(limit), _lines(usage)
+    if not (limits and used and limits[0].isdigit() and used[0].isdigit()):
+        return None
+    cached = [int(line.split()[1]) for line in _lines(stat) if line.split()[:1] == [reclaimable]]
+    return max(0, int(limits[0]) - int(used[0]) + sum(cached))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().split("\n")
+    except (OSError, UnicodeDecodeError):
+        return []  # another system, or no limit of this kind
+
+
+def gigabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
