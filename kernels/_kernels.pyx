@@ -1,0 +1,222 @@
+# cython: language_level=3, boundscheck=True, wraparound=False
+"""Every entry that Python can call: it checks, releases the GIL, and calls C.
+
+tinychat/ops/native.py lowers a program to the arrays that Runner takes; kernels.h says what they mean.
+"""
+from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+import numpy as np
+
+from kernels cimport *
+
+page_tokens = PAGE_TOKENS
+row_floats = ROW_FLOATS
+op_kinds = {
+    "embed": OP_EMBED, "rmsnorm": OP_RMSNORM, "quantize": OP_QUANTIZE, "linear": OP_LINEAR,
+    "rope_table": OP_ROPE_TABLE, "rope": OP_ROPE, "store_kv": OP_STORE_KV, "attend": OP_ATTEND,
+    "swiglu": OP_SWIGLU, "add": OP_ADD, "scale": OP_SCALE, "outputs": OP_OUTPUTS,
+}
+op_fields = ("kind", "barrier", "outputs", "out", "a", "b", "weight", "bias", "width", "layer",
+             "head_dim", "window")  # int32; then one float32, "scalar"
+rope_layouts = {"adjacent": ROPE_ADJACENT, "halves": ROPE_HALVES}
+
+
+def isa_levels() -> list[str]:
+    """Instruction sets that this machine has, slowest first."""
+    cdef const kernel_table *const *table = kernel_tables()
+    names = []
+    while table[0] is not NULL:
+        names.append(table[0].isa.decode())
+        table += 1
+    return names
+
+
+cdef const kernel_table *_table(str isa) except NULL:
+    cdef const kernel_table *const *table = kernel_tables()
+    while table[0] is not NULL:
+        if table[0].isa.decode() == isa:
+            return table[0]
+        table += 1
+    raise ValueError(f"expected one of {', '.join(isa_levels())}, which this machine has, got {isa!r}")
+
+
+def activation_floats(int qtype, int64_t n_rows, int64_t n_cols) -> int:
+    """float32s that a row of n_cols takes once it is quantised for such a matrix; 0: it is used as it is.
+
+    Raises: ValueError when the kernels cannot multiply with such a matrix.
+    """
+    cdef packed_matrix plan
+    if linear_plan(qtype, n_rows, n_cols, &plan) < 0:
+        raise ValueError(f"no kernel multiplies with {n_rows}x{n_cols} weights of this type")
+    return linear_act_bytes(n_cols) // sizeof(float) if linear_wants_int8(&plan) else 0
+
+
+cdef void *_allocate(size_t n, size_t size) except NULL:
+    cdef void *memory = calloc(n if n else 1, size)
+    if memory is NULL:
+        raise MemoryError
+    return memory
+
+
+cdef class Runner:
+    """A lowered program with its weights and memory: step(...) runs it, sample(...) draws from its logits.
+
+    ops: structured array of op_fields and scalar; slots: (stride, is_outputs) each; logits: float32
+    (max_outputs, stride) 64-byte aligned, the memory of slot `logits_slot`; vectors: float32 1-D arrays;
+    matrices: (qtype, n_rows, n_cols, uint8 bytes, pack, is_mapped) each; ropes: (layout, inv_freq,
+    magnitude) each; kv: (n_head, n_head_kv, key_length, value_length) each.
+    Raises: ValueError, MemoryError. The indices inside `ops` are the lowering's own and are not checked.
+    """
+
+    cdef runner r
+    cdef sample_memory memory
+    cdef list keep
+    cdef bint is_open
+
+    def __init__(self, str isa, int threads, *, const program_op[::1] ops, list slots, logits, int logits_slot,
+                 list vectors, list matrices, list ropes, list kv, bint kv_is_f16, int64_t n_vocab, int64_t n_ids,
+                 int64_t n_pages, int64_t max_tokens, int64_t max_outputs, int64_t max_sequences):
+        if self.is_open:
+            raise ValueError("a Runner is made once")
+        if threads < 1 or min(n_pages, max_tokens, max_outputs, max_sequences) < 1:
+            raise ValueError("expected at least one thread, page, token, output and sequence")
+        self.is_open = True
+        self.keep = [logits, vectors, matrices, ropes]
+        self.r.table = _table(isa)
+        self.r.n_ids, self.r.n_pages, self.r.max_tokens = n_ids, n_pages, max_tokens
+        self.r.max_outputs, self.r.max_sequences = max_outputs, max_sequences
+        self._set_ops(ops)
+        self._set_slots(slots, logits, logits_slot)
+        self._set_vectors(vectors)
+        self._set_matrices(matrices)
+        self._set_ropes(ropes)
+        self._set_kv(kv, kv_is_f16)
+        self._set_sampling(n_vocab)
+        self.r.pool = pool_create(threads)
+        if self.r.pool is NULL:
+            raise MemoryError(f"{threads} threads could not be started")
+        cdef const char *fault
+        with nogil:
+            fault = runner_build(&self.r)
+        if fault is not NULL:
+            raise MemoryError(fault.decode())
+
+    cdef _set_ops(self, const program_op[::1] ops):
+        self.r.ops = <program_op *>_allocate(ops.shape[0], sizeof(program_op))
+        self.r.n_ops = ops.shape[0]
+        if ops.shape[0]:
+            memcpy(self.r.ops, &ops[0], ops.shape[0] * sizeof(program_op))
+
+    cdef _set_slots(self, list slots, float[:, ::1] logits, int logits_slot):
+        self.r.slots = <slot *>_allocate(len(slots), sizeof(slot))
+        self.r.n_slots = len(slots)
+        for i, (stride, outputs) in enumerate(slots):
+            if stride % ROW_FLOATS:
+                raise ValueError("a slot's stride must be a multiple of ROW_FLOATS")
+            self.r.slots[i].stride, self.r.slots[i].outputs = stride, outputs
+        cdef slot *last = &self.r.slots[logits_slot]
+        if logits.shape[0] < self.r.max_outputs or logits.shape[1] != last.stride:
+            raise ValueError("the logits' memory must be (max_outputs, stride of its slot)")
+        last.data = &logits[0, 0]
+
+    cdef _set_vectors(self, list vectors):
+        cdef const float[::1] vector
+        self.r.vectors = <const float **>_allocate(len(vectors), sizeof(float *))
+        self.r.n_vectors = len(vectors)
+        for i, vector in enumerate(vectors):
+            self.r.vectors[i] = &vector[0]
+
+    cdef _set_matrices(self, list matrices):
+        cdef const uint8_t[::1] source
+        cdef matrix *m
+        self.r.matrices = <matrix *>_allocate(len(matrices), sizeof(matrix))
+        self.r.n_matrices = len(matrices)
+        for i, (qtype, n_rows, n_cols, source, pack, is_mapped) in enumerate(matrices):
+            m = &self.r.matrices[i]
+            m.qtype, m.n_rows, m.n_cols, m.is_mapped = qtype, n_rows, n_cols, is_mapped
+            m.row_bytes = linear_row_bytes(qtype, n_cols)
+            if m.row_bytes == 0 or source.shape[0] != m.row_bytes * n_rows:
+                raise ValueError(f"{n_rows}x{n_cols} weights of this type do not take {source.shape[0]} bytes")
+            m.source = &source[0]
+            if pack and linear_plan(qtype, n_rows, n_cols, &m.packed) < 0:
+                raise ValueError(f"no kernel multiplies with {n_rows}x{n_cols} weights of this type")
+
+    cdef _set_ropes(self, list ropes):
+        cdef const float[::1] inv_freq
+        self.r.ropes = <rope *>_allocate(len(ropes), sizeof(rope))
+        self.r.n_ropes = len(ropes)
+        for i, (layout, inv_freq, magnitude) in enumerate(ropes):
+            self.r.ropes[i].layout = rope_layouts[layout]
+            self.r.ropes[i].n_rot = 2 * inv_freq.shape[0]
+            self.r.ropes[i].magnitude = magnitude
+            self.r.ropes[i].inv_freq = &inv_freq[0]
+
+    cdef _set_kv(self, list kv, bint is_f16):
+        self.r.kv = <kv_layer *>_allocate(len(kv), sizeof(kv_layer))
+        self.r.n_kv = len(kv)
+        for i, (n_head, n_head_kv, key_length, value_length) in enumerate(kv):
+            self.r.kv[i].shape = kv_shape(n_head, n_head_kv, key_length, value_length)
+            self.r.kv[i].is_f16 = is_f16
+
+    cdef _set_sampling(self, int64_t n_vocab):
+        self.memory.n_vocab = n_vocab
+        self.memory.penalized = <float *>_allocate(n_vocab, sizeof(float))
+        self.memory.maxima = <float *>_allocate(n_vocab // SAMPLE_GROUP + 1, sizeof(float))
+        self.memory.ranking = <ranked *>_allocate(n_vocab, sizeof(ranked))
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.r.weight_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.r.kv_bytes
+
+    def step(self, const int32_t[::1] tokens, const int32_t[::1] positions, const int32_t[::1] sequences,
+             const int32_t[:, ::1] pages, const int32_t[::1] outputs) -> bool:
+        """Runs the program on a batch; the logits are then in their array. False: the batch is not acceptable."""
+        cdef batch b
+        cdef int64_t n = tokens.shape[0]
+        if not self.is_open or positions.shape[0] != n or sequences.shape[0] != n or n == 0 or pages.shape[1] == 0:
+            return False
+        if not pool_is_ours(self.r.pool):
+            raise ValueError("made before this process was forked: its threads are in the parent")
+        b.tokens, b.positions, b.sequences = &tokens[0], &positions[0], &sequences[0]
+        b.n_tokens, b.n_sequences, b.max_pages, b.n_outputs = n, pages.shape[0], pages.shape[1], outputs.shape[0]
+        b.pages = &pages[0, 0] if pages.shape[0] else NULL
+        b.outputs = &outputs[0] if outputs.shape[0] else NULL
+        cdef int accepted
+        with nogil:
+            accepted = runner_accepts(&self.r, &b)
+            if accepted:
+                runner_step(&self.r, &b)
+        return accepted
+
+    def sample(self, const float[::1] logits, const int64_t[::1] recent, double coin, *, double temperature,
+               double top_p, int64_t top_k, double min_p, double repeat_penalty) -> int:
+        """A token id drawn from `logits` (n_vocab,); -1 when none is finite."""
+        if not self.is_open or logits.shape[0] != self.memory.n_vocab:
+            raise ValueError(f"expected {self.memory.n_vocab} logits of an open Runner, got {logits.shape[0]}")
+        cdef sample_params params = sample_params(temperature, top_p, min_p, repeat_penalty, top_k)
+        cdef const int64_t *ids = &recent[0] if recent.shape[0] else NULL
+        cdef int64_t id
+        with nogil:
+            id = sample_logits(self.r.table, &self.memory, &logits[0], &params, ids, recent.shape[0], coin)
+        return id
+
+    def close(self):
+        """Ends the threads and frees the memory; the array of logits stays. Not while a step runs."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        with nogil:
+            runner_free(&self.r)
+        free(self.memory.penalized)
+        free(self.memory.maxima)
+        free(self.memory.ranking)
+        self.keep = []
+
+    def __dealloc__(self):
+        self.close()

@@ -1,0 +1,112 @@
+"""The C side as the binding sees it: only what _kernels.pyx touches."""
+from libc.stdint cimport int32_t, int64_t, uint8_t
+
+
+cdef extern from "linear.h" nogil:
+    ctypedef struct packed_matrix:
+        pass
+    ctypedef struct linear_table:
+        pass
+    int linear_plan(int32_t qtype, int64_t n_rows, int64_t n_cols, packed_matrix *out)
+    size_t linear_row_bytes(int32_t qtype, int64_t n_cols)
+    int linear_wants_int8(const packed_matrix *m)
+    size_t linear_act_bytes(int64_t n_cols)
+
+
+cdef extern from "kernels.h" nogil:
+    enum: PAGE_TOKENS
+    enum: ROW_FLOATS
+    enum: SAMPLE_GROUP
+
+    enum:
+        OP_EMBED, OP_RMSNORM, OP_QUANTIZE, OP_LINEAR, OP_ROPE_TABLE, OP_ROPE, OP_STORE_KV, OP_ATTEND
+        OP_SWIGLU, OP_ADD, OP_SCALE, OP_OUTPUTS, OP_KINDS
+
+    enum: ROPE_ADJACENT, ROPE_HALVES
+
+    ctypedef struct program_op:
+        int32_t kind, barrier, outputs, out, a, b, weight, bias, width, layer, head_dim, window
+        float scalar
+
+    ctypedef struct kv_shape:
+        int32_t n_head, n_head_kv, key_length, value_length
+
+    ctypedef struct kv_layer:
+        kv_shape shape
+        int32_t is_f16
+
+    ctypedef struct kernel_table:
+        const char *isa
+
+    const kernel_table *const *kernel_tables()
+
+    ctypedef struct thread_pool:
+        pass
+    thread_pool *pool_create(int n_threads)
+    int pool_is_ours(const thread_pool *pool)
+
+    ctypedef struct slot:
+        float *data
+        int64_t stride
+        int32_t outputs
+
+    ctypedef struct matrix:
+        packed_matrix packed
+        int32_t qtype
+        int64_t n_rows, n_cols
+        size_t row_bytes
+        const uint8_t *source
+        int32_t is_mapped
+
+    ctypedef struct rope:
+        int32_t layout
+        int32_t n_rot
+        float magnitude
+        const float *inv_freq
+
+    ctypedef struct batch:
+        const int32_t *tokens
+        const int32_t *positions
+        const int32_t *sequences
+        const int32_t *pages
+        const int32_t *outputs
+        int64_t n_tokens, n_sequences, max_pages, n_outputs
+
+    ctypedef struct runner:
+        const kernel_table *table
+        thread_pool *pool
+        program_op *ops
+        int64_t n_ops
+        slot *slots
+        int64_t n_slots
+        matrix *matrices
+        int64_t n_matrices
+        const float **vectors
+        int64_t n_vectors
+        rope *ropes
+        int64_t n_ropes
+        kv_layer *kv
+        int64_t n_kv
+        int64_t n_ids, n_pages, max_tokens, max_outputs, max_sequences
+        size_t weight_bytes, kv_bytes
+
+    const char *runner_build(runner *r)
+    int runner_accepts(runner *r, const batch *b)
+    void runner_step(runner *r, const batch *b)
+    void runner_free(runner *r)
+
+    ctypedef struct ranked:
+        pass
+
+    ctypedef struct sample_memory:
+        int64_t n_vocab
+        float *penalized
+        float *maxima
+        ranked *ranking
+
+    ctypedef struct sample_params:
+        double temperature, top_p, min_p, repeat_penalty
+        int64_t top_k
+
+    int64_t sample_logits(const kernel_table *table, sample_memory *memory, const float *logits,
+                          const sample_params *params, const int64_t *recent, int64_t n_recent, double coin)

@@ -1,0 +1,62 @@
+/* 4 lanes of portable C: what every processor has. The vector type is the compiler's own; no instruction is named. */
+#include <stdint.h>
+#include <string.h>
+
+#include "formats.h"
+
+#define LANES 4
+typedef float vf __attribute__((vector_size(16)));
+
+static inline vf vf_set(float x) { return (vf){x, x, x, x}; }
+
+static inline vf vf_load(const float *x)
+{
+    vf v;
+    memcpy(&v, x, sizeof v);
+    return v;
+}
+
+static inline void vf_store(float *x, vf v) { memcpy(x, &v, sizeof v); }
+static inline vf vf_fma(vf a, vf b, vf c) { return a * b + c; } /* rounded twice: fmaf without the instruction is slow */
+
+static inline vf vf_max(vf a, vf b)
+{
+    typedef int32_t mask __attribute__((vector_size(16)));
+    const mask above = (mask)(a > b);
+    return (vf)(((mask)a & above) | ((mask)b & ~above));
+}
+
+static inline vf vf_load_f16(const uint16_t *x)
+{
+    return (vf){float_of_f16(x[0]), float_of_f16(x[1]), float_of_f16(x[2]), float_of_f16(x[3])};
+}
+
+/* round to nearest, ties to even; too large becomes infinity, NaN stays one. Source: F. Giesen, float_to_half_fast3_rtne */
+static inline uint16_t f16_of_float(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits >= 0x47800000) /* 65536 and above, infinity, NaN */
+        return (uint16_t)(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00));
+    if (bits < 0x38800000) { /* below 2^-14: adding 0.5 leaves the subnormal's bits, rounded, at the bottom */
+        float shifted;
+        memcpy(&shifted, &bits, sizeof shifted);
+        shifted += 0.5f;
+        memcpy(&bits, &shifted, sizeof bits);
+        return (uint16_t)(sign | (bits - 0x3f000000));
+    }
+    return (uint16_t)(sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13));
+}
+
+static inline void vf_store_f16(uint16_t *x, vf v)
+{
+    for (int i = 0; i < LANES; i++)
+        x[i] = f16_of_float(v[i]);
+}
+
+#define ISA "scalar"
+#define LINEAR linear_scalar
+#define KERNELS kernels_scalar
+#include "ops_impl.h"
