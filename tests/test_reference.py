@@ -1,6 +1,7 @@
 """The reference against formulas written another way, in float64; and its executor."""
 import logging
 import math
+import sys
 
 import gguf
 import numpy as np
@@ -242,3 +243,17 @@ def test_the_reference_can_be_asked_for_without_a_warning(caplog):
 def test_an_unknown_kind_is_refused():
     with pytest.raises(KernelError, match="expected executor native or reference, got 'cuda'"):
         open_executor(tiny_program(), kind="cuda", n_pages=1)
+
+
+def test_the_native_executor_is_asked_for_by_name_or_not_at_all(monkeypatch):
+    monkeypatch.setenv("TINYCHAT_PURE", "1")
+    monkeypatch.setitem(sys.modules, "tinychat.ops.native", None)  # as if nothing had been compiled
+    with pytest.raises(KernelError, match="the native executor is not available"):
+        open_executor(tiny_program(), kind="native", n_pages=1)
+
+
+def test_missing_kernels_are_told_in_one_line(monkeypatch, caplog):
+    monkeypatch.delenv("TINYCHAT_PURE", raising=False)
+    monkeypatch.setitem(sys.modules, "tinychat.ops.native", None)
+    assert open_executor(tiny_program(), n_pages=1).name == "reference"
+    assert len(caplog.records) == 1 and "no compiled kernels" in caplog.records[0].message
