@@ -220,3 +220,63 @@ cdef class Runner:
 
     def __dealloc__(self):
         self.close()
+
+
+cdef _aligned(size_t n_bytes):
+    """uint8 (n_bytes,) that begins at a cache line."""
+    memory = np.empty(n_bytes + MEMORY_ALIGN, np.uint8)
+    start = -memory.ctypes.data % MEMORY_ALIGN
+    return memory[start:start + n_bytes]
+
+
+cdef int _check_weights(int qtype, const uint8_t[::1] raw, int64_t n_rows, int64_t n_cols, packed_matrix *m) except -1:
+    if linear_plan(qtype, n_rows, n_cols, m) < 0:
+        raise ValueError(f"no kernel reads {n_rows}x{n_cols} weights of type {qtype}")
+    if <size_t>raw.shape[0] != <size_t>n_rows * linear_row_bytes(qtype, n_cols):
+        raise ValueError(f"expected {n_rows} rows of {linear_row_bytes(qtype, n_cols)} bytes, got {raw.shape[0]} bytes")
+    return 0
+
+
+def linear(str isa, int qtype, const uint8_t[::1] raw, int64_t n_rows, int64_t n_cols, const float[:, ::1] x,
+           const float[::1] bias=None, tiles=None) -> np.ndarray:
+    """x (T, n_cols) @ weights (n_rows, n_cols) transposed + bias -> float32 (T, n_rows): one product, as `step` computes it.
+
+    raw: the weights' bytes as in a file; tiles: (begin, end), only these groups of TILE_ROWS rows.
+    """
+    cdef const linear_table *table = _table(isa).linear
+    cdef packed_matrix m
+    _check_weights(qtype, raw, n_rows, n_cols, &m)
+    if x.shape[1] != n_cols or x.shape[0] == 0 or (bias is not None and bias.shape[0] != n_rows):
+        raise ValueError(f"expected x (T, {n_cols}) and bias ({n_rows},)")
+    cdef int64_t begin = tiles[0] if tiles else 0, end = tiles[1] if tiles else linear_tiles(&m)
+    if not 0 <= begin < end <= linear_tiles(&m):
+        raise ValueError(f"expected a range of the {linear_tiles(&m)} tiles, got {tiles}")
+    cdef uint8_t[::1] packed = _aligned(linear_tiles(&m) * m.tile_bytes)
+    cdef size_t stride = linear_act_bytes(n_cols) if linear_wants_int8(&m) else n_cols * sizeof(float)
+    cdef uint8_t[::1] act = _aligned(stride * x.shape[0])
+    cdef float[:, ::1] out = np.zeros((x.shape[0], n_rows), np.float32)
+    cdef const float *bias_data = &bias[0] if bias is not None else NULL
+    cdef const void *rows = &act[0] if linear_wants_int8(&m) else <const void *>&x[0, 0]
+    cdef int64_t t
+    m.data = &packed[0]
+    with nogil:
+        linear_pack(&m, &raw[0], begin, end)
+        if linear_wants_int8(&m):
+            for t in range(x.shape[0]):
+                table.quantize_row(&x[t, 0], n_cols, &act[t * stride])
+        table.linear(&m, rows, stride, x.shape[0], bias_data, &out[0, 0], n_rows, begin, end)
+    return np.asarray(out)[:, begin * TILE_ROWS:end * TILE_ROWS]
+
+
+def dequantize(str isa, int qtype, const uint8_t[::1] raw, int64_t n_rows, int64_t n_cols) -> np.ndarray:
+    """The weights in `raw`, bytes as in a file -> float32 (n_rows, n_cols), row by row as an embedding lookup reads them."""
+    cdef const linear_table *table = _table(isa).linear
+    cdef packed_matrix m
+    _check_weights(qtype, raw, n_rows, n_cols, &m)
+    cdef float[:, ::1] out = np.empty((n_rows, n_cols), np.float32)
+    cdef size_t row_bytes = linear_row_bytes(qtype, n_cols)
+    cdef int64_t row
+    with nogil:
+        for row in range(n_rows):
+            table.dequantize_row(qtype, &raw[row * row_bytes], n_cols, &out[row, 0])
+    return np.asarray(out)
