@@ -1,18 +1,20 @@
 """A scripted model for the engine's tests: its keys and values are the tokens themselves.
 
-The next token depends on every token before it, read back through the page table, so a wrong page, a lost
-token or another sequence's page gives another answer.
+The next token depends on every token before it, read back through the page table, so a wrong page,
+a lost token or another sequence's page gives another answer.
 """
 from types import SimpleNamespace
 
 import numpy as np
 
-from tinychat.engine import Finished, PromptDone, PromptProgress, PromptStarted, SamplingParams, Token
+from tinychat.engine import (
+    Finished, PromptDone, PromptProgress, PromptStarted, SamplingParams, Token)
 from tinychat.engine.kv_cache import KVCache, Lease, Node
 from tinychat.ops import sampling
 from tinychat.ops.program import PAGE_TOKENS, Batch
 
 GREEDY = SamplingParams(temperature=0)
+N_VOCAB = 97
 WAIT_S = 20.0  # bound of every wait; nothing takes that long
 
 
@@ -21,13 +23,13 @@ class FakeExecutor:
 
     name = "fake"
 
-    def __init__(self, *, n_vocab=97, n_pages=64, max_tokens=512, max_outputs=64, max_sequences=64):
-        self.program = SimpleNamespace(n_vocab=n_vocab)
+    def __init__(self, *, n_pages=64, max_tokens=512, max_outputs=64, max_sequences=64):
+        self.program = SimpleNamespace(n_vocab=N_VOCAB)
         self.n_pages, self.max_tokens = n_pages, max_tokens
         self.max_outputs, self.max_sequences = max_outputs, max_sequences
         self.tokens = np.full((n_pages, PAGE_TOKENS), -1, np.int64)
         self.positions = np.full((n_pages, PAGE_TOKENS), -1, np.int64)
-        self.steps: list[list[tuple[int, int]]] = []  # per step: (slot, its number of tokens), in order of slot
+        self.steps: list[list[tuple[int, int]]] = []  # per step: (slot, its tokens), by slot
         self.before_step = None
 
     def step(self, batch: Batch) -> np.ndarray:
@@ -40,14 +42,14 @@ class FakeExecutor:
         pages = batch.pages[batch.sequences, batch.positions // PAGE_TOKENS]
         self.tokens[pages, batch.positions % PAGE_TOKENS] = batch.tokens
         self.positions[pages, batch.positions % PAGE_TOKENS] = batch.positions
-        return np.stack([self._row(batch, i) for i in batch.outputs]) if len(batch.outputs) else np.empty((0, 1))
+        return np.array([self._row(batch, i) for i in batch.outputs], np.float32)
 
     def _row(self, batch: Batch, i: int) -> np.ndarray:
         position = np.arange(batch.positions[i] + 1)
         pages = batch.pages[batch.sequences[i], position // PAGE_TOKENS]
         stored = self.positions[pages, position % PAGE_TOKENS]
         assert (stored == position).all(), f"pages {pages[stored != position]} hold other positions"
-        return logits_after(self.tokens[pages, position % PAGE_TOKENS].tolist(), self.program.n_vocab)
+        return logits_after(self.tokens[pages, position % PAGE_TOKENS].tolist())
 
     def sample(self, logits, params, recent_ids, coin):
         return sampling.sample(logits, params, recent_ids, coin)
@@ -60,16 +62,16 @@ def digest(ids) -> int:
     return h
 
 
-def logits_after(ids, n_vocab=97) -> np.ndarray:
-    """float32 (n_vocab,): highest at a token that depends on all of `ids`, the rest in a wheel behind it."""
-    return -((np.arange(n_vocab) - digest(ids)) % n_vocab).astype(np.float32) / 4
+def logits_after(ids) -> np.ndarray:
+    """float32 (N_VOCAB,): highest at a token that all of `ids` decide, falling from there on."""
+    return -((np.arange(N_VOCAB) - digest(ids)) % N_VOCAB).astype(np.float32) / 4
 
 
-def answer_after(ids, n: int, n_vocab=97) -> list[int]:
+def answer_after(ids, n: int) -> list[int]:
     """The n greedy tokens after `ids`."""
     out = list(ids)
     for _ in range(n):
-        out.append(digest(out) % n_vocab)
+        out.append(digest(out) % N_VOCAB)
     return out[len(ids):]
 
 
@@ -78,11 +80,13 @@ def read(seq) -> SimpleNamespace:
     updates = list(seq.updates(WAIT_S))
     kinds = [type(u) for u in updates]
     assert kinds[-1] is Finished and kinds.count(Finished) == 1
-    expected = [k for k in (PromptStarted, PromptProgress, PromptDone, Token) for _ in range(kinds.count(k))]
-    assert kinds[:-1] == expected and kinds.count(PromptStarted) <= 1 and kinds.count(PromptDone) <= 1
-    return SimpleNamespace(ids=[u.id for u in updates if type(u) is Token],
-                           progress=[(u.done, u.total) for u in updates if type(u) is PromptProgress],
-                           reason=updates[-1].reason, error=updates[-1].error, updates=updates)
+    order = (PromptStarted, PromptProgress, PromptDone, Token)
+    assert kinds[:-1] == [kind for kind in order for _ in range(kinds.count(kind))]
+    assert kinds.count(PromptStarted) <= 1 and kinds.count(PromptDone) <= 1
+    return SimpleNamespace(
+        ids=[u.id for u in updates if type(u) is Token],
+        progress=[(u.done, u.total) for u in updates if type(u) is PromptProgress],
+        reason=updates[-1].reason, error=updates[-1].error, updates=updates)
 
 
 def check_pages(cache: KVCache, leases: list[Lease]) -> None:

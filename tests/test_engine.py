@@ -2,10 +2,13 @@ import random
 import subprocess
 import sys
 import threading
+import unittest.mock
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_engine import (GREEDY, WAIT_S, FakeExecutor, answer_after, check_pages, logits_after, read)
+from helpers_engine import (
+    GREEDY, WAIT_S, FakeExecutor, answer_after, check_pages, logits_after, read)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +38,7 @@ def start():
 
 
 def prompt(n: int, seed: int = 0) -> list[int]:
-    return [random.Random(seed).randrange(97) for _ in range(n)] if n < 2 else random.Random(seed).choices(range(97), k=n)
+    return random.Random(seed).choices(range(97), k=n)
 
 
 def generate(engine, ids, n, **fields):
@@ -43,7 +46,7 @@ def generate(engine, ids, n, **fields):
 
 
 class Gate:
-    """Holds the engine inside a step until the test lets it go; then calls `later` in each further step."""
+    """Holds the engine inside a step until the test lets it go; from then on calls `later`."""
 
     def __init__(self, executor, at_step=0, later=lambda batch: None):
         self.executor, self.at_step, self.later = executor, at_step, later
@@ -85,12 +88,11 @@ def test_stop_token_is_delivered_and_ends_the_answer(start):
 
 def test_answer_ends_where_the_context_does(start):
     engine = start(n_ctx=50)
-    assert (len(generate(engine, prompt(10), None).ids), generate(engine, prompt(10), None).reason) == (40, "context")
-    assert (len(generate(engine, prompt(49), 7).ids), generate(engine, prompt(49), 7).reason) == (1, "context")
-    result = generate(engine, prompt(10), 15, n_ctx=20)
-    assert (len(result.ids), result.reason) == (10, "context")
-    result = generate(engine, prompt(10), 40, n_ctx=4096)
-    assert (len(result.ids), result.reason) == (40, "length")
+    for n_prompt, n, n_ctx, expected in (
+            (10, None, None, (40, "context")), (49, 7, None, (1, "context")),
+            (10, 15, 20, (10, "context")), (10, 40, 4096, (40, "length"))):
+        result = generate(engine, prompt(n_prompt), n, n_ctx=n_ctx)
+        assert (len(result.ids), result.reason) == expected
 
 
 def test_prompt_as_long_as_the_context_is_refused_with_both_figures(start):
@@ -115,8 +117,8 @@ def test_max_tokens_below_one_is_refused(start):
         start().submit([1], params=GREEDY, max_tokens=0)
 
 
-@pytest.mark.parametrize("settings", [{"n_ctx": 64 * PAGE_TOKENS + 1}, {"n_ctx": 1}, {"parallel": 0},
-                                      {"parallel": 64}, {"chunk": 0}])
+@pytest.mark.parametrize("settings", [
+    {"n_ctx": 64 * PAGE_TOKENS + 1}, {"n_ctx": 1}, {"parallel": 0}, {"parallel": 64}, {"chunk": 0}])
 def test_engine_refuses_what_its_executor_cannot_hold(settings):
     with pytest.raises(InvalidRequest):
         Engine(FakeExecutor(n_pages=64), **{"n_ctx": 64, **settings})
@@ -129,7 +131,8 @@ def test_each_of_many_gets_its_own_answer(start):
     gate = Gate(executor)
     engine = start(executor=executor, parallel=4, chunk=40)
     lengths = [1, 200, 3, 77, 64, 300, 31, 5, 128, 10]
-    sequences = [engine.submit(prompt(n, seed=n), params=GREEDY, max_tokens=20 + n % 7) for n in lengths]
+    sequences = [engine.submit(prompt(n, seed=n), params=GREEDY, max_tokens=20 + n % 7)
+                 for n in lengths]
     gate.go.set()
     for n, seq in zip(lengths, sequences):
         assert read(seq).ids == answer_after(prompt(n, seed=n), 20 + n % 7)
@@ -196,11 +199,41 @@ def test_full_queue_refuses_and_recovers(start):
 
 
 def test_requests_wait_for_pages_and_nothing_running_is_dropped(start):
-    engine = start(n_ctx=128, n_pages=4, parallel=4)  # four pages: one answer of four, or four of one
+    engine = start(n_ctx=128, n_pages=4, parallel=4)  # one of four pages, or four of one
     sequences = [engine.submit(prompt(20, seed=i), params=GREEDY, max_tokens=n)
                  for i, n in enumerate([100, 10, 10, 100, 44, 10])]
     for i, (seq, n) in enumerate(zip(sequences, [100, 10, 10, 100, 44, 10])):
         assert read(seq).ids == answer_after(prompt(20, seed=i), n)
+
+
+def test_when_pages_run_out_the_youngest_waits_and_goes_on_unchanged(start):
+    """Three promises of 300 tokens fit into 1024 positions, three answers of 700 do not."""
+    executor = FakeExecutor(n_pages=32)
+    gate = Gate(executor)
+    engine = start(n_ctx=1024, executor=executor, parallel=4)
+    sequences = [engine.submit(prompt(44, seed=i), params=GREEDY, max_tokens=700) for i in range(3)]
+    gate.go.set()
+    results = [read(seq) for seq in sequences]
+    for i, result in enumerate(results):
+        assert result.ids == answer_after(prompt(44, seed=i), 700)
+    assert engine.stats.n_preempted >= 2
+    assert [r.updates[-2].t for r in results] == sorted(r.updates[-2].t for r in results)
+
+
+def test_a_preempted_sequence_can_be_cancelled(start):
+    executor = FakeExecutor(n_pages=32)
+
+    def cancel_when_it_waits(batch):
+        if engine.stats.n_preempted and not sequences[1].cancelled:
+            engine.cancel(sequences[1])
+
+    gate = Gate(executor, later=cancel_when_it_waits)
+    engine = start(n_ctx=1024, executor=executor, parallel=2)
+    sequences = [engine.submit(prompt(44, seed=i), params=GREEDY, max_tokens=900) for i in range(2)]
+    gate.go.set()
+    first, second = read(sequences[0]), read(sequences[1])
+    assert first.ids == answer_after(prompt(44), 900) and second.reason == "cancelled"
+    assert second.ids == answer_after(prompt(44, seed=1), 900)[:len(second.ids)]
 
 
 # Prefix reuse
@@ -216,7 +249,7 @@ def test_second_turn_prefills_only_what_is_new(start):
     second = [*first, *answer, *prompt(30, seed=1)]
     seq = engine.submit(second, params=GREEDY, max_tokens=20)
     assert read(seq).ids == answer_after(second, 20)
-    assert seq.n_cached == 119                              # the last sampled token was never computed
+    assert seq.n_cached == 119  # the last sampled token was never computed
     assert engine.stats.n_prefilled_tokens == 170 + 31
     assert engine.stats.n_reused_tokens == 119
 
@@ -295,7 +328,7 @@ def test_cancelling_while_queued_prefilling_or_decoding_returns_everything(start
 
 def test_cancelled_chat_leaves_its_prefix_for_the_next(start):
     executor = FakeExecutor()
-    gate = Gate(executor, later=lambda batch: engine.cancel(seq) if len(executor.steps) == 3 else None)
+    gate = Gate(executor, later=lambda batch: len(executor.steps) == 3 and engine.cancel(seq))
     engine = start(executor=executor, chunk=32)
     seq = engine.submit(prompt(200), params=GREEDY)
     gate.go.set()
@@ -424,9 +457,10 @@ def test_interpreter_exits_with_an_open_engine():
             "print(next(seq.updates(20)))\n")
     import helpers_engine
     import tinychat
-    roots = [str(p) for p in (*tinychat.__path__, helpers_engine.__file__)]
-    script = "".join(f"import sys; sys.path.insert(0, {root.rsplit('/', 1)[0]!r})\n" for root in roots) + code
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    roots = [str(Path(p).parent) for p in (*tinychat.__path__, helpers_engine.__file__)]
+    script = "import sys\n" + "".join(f"sys.path.insert(0, {root!r})\n" for root in roots) + code
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "PromptStarted()\n", "")
 
 
@@ -520,12 +554,20 @@ ACTION = st.one_of(
 
 
 @settings(max_examples=60, deadline=None)
-@given(script=st.lists(st.tuples(st.integers(0, 6), ACTION), max_size=25), n_pages=st.integers(6, 20),
-       parallel=st.integers(1, 5), chunk=st.sampled_from([1, 7, 32, 50, 512]), max_tokens=st.sampled_from([8, 64]))
-def test_any_schedule_gives_right_answers_and_returns_all_pages(script, n_pages, parallel, chunk, max_tokens):
-    """Each action happens so many steps after the one before, on the engine's thread, in the middle of a step."""
+@given(script=st.lists(st.tuples(st.integers(0, 6), ACTION), max_size=25),
+       n_pages=st.integers(6, 20), parallel=st.integers(1, 5),
+       chunk=st.sampled_from([1, 7, 32, 50, 512]), max_tokens=st.sampled_from([8, 64]), promised=st.sampled_from([0, 20, 256]))
+def test_any_schedule_gives_right_answers_and_returns_all_pages(
+        script, n_pages, parallel, chunk, max_tokens, promised):
+    """Each action comes so many steps after the last, on the engine's thread, inside a step."""
+    with unittest.mock.patch("tinychat.engine.engine.PROMISED_TOKENS", promised):
+        run_script(script, n_pages, parallel, chunk, max_tokens)
+
+
+def run_script(script, n_pages, parallel, chunk, max_tokens):
     executor = FakeExecutor(n_pages=n_pages, max_tokens=max_tokens)
-    engine = Engine(executor, n_ctx=6 * PAGE_TOKENS, parallel=parallel, chunk=chunk, queue_limit=1000)
+    n_ctx = 6 * PAGE_TOKENS
+    engine = Engine(executor, n_ctx=n_ctx, parallel=parallel, chunk=chunk, queue_limit=1000)
     prompts, sequences, todo = [[1, 2, 3]], [], list(reversed(script))
 
     def submit(ids, n):
@@ -537,7 +579,7 @@ def test_any_schedule_gives_right_answers_and_returns_all_pages(script, n_pages,
             submit(prompt(b, seed=a), n)
         elif kind == "continue":
             ids = prompts[a % len(prompts)]
-            submit([*ids, *answer_after(ids, b // 2), *prompt(b // 2, seed=b)][:6 * PAGE_TOKENS - 1], n)
+            submit([*ids, *answer_after(ids, b // 2), *prompt(b // 2, seed=b)][:n_ctx - 1], n)
         elif kind == "cancel" and sequences:
             engine.cancel(sequences[a % len(sequences)][0])
         elif kind == "fail":
@@ -564,7 +606,7 @@ def test_any_schedule_gives_right_answers_and_returns_all_pages(script, n_pages,
             assert result.ids == expected[:len(result.ids)]
             assert result.reason in ("length", "context", "cancelled", "error")
             if result.reason in ("length", "context"):
-                assert len(result.ids) == min(n, 6 * PAGE_TOKENS - len(ids))
+                assert len(result.ids) == min(n, n_ctx - len(ids))
             n_read += 1
     finally:
         assert engine.close()

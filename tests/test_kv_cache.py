@@ -54,9 +54,10 @@ def test_idle_pages_are_given_away_before_anything_waits():
     assert list(tree(cache._root)) == []
 
 
-@pytest.mark.parametrize("n, reused", [(1, 0), (P, P - 1), (P + 1, P), (2 * P, 2 * P - 1), (3 * P + 5, 3 * P)])
+@pytest.mark.parametrize("n, reused", [
+    (1, 0), (P, P - 1), (P + 1, P), (2 * P, 2 * P - 1), (3 * P + 5, 3 * P)])
 def test_a_longer_prompt_finds_the_pages_of_a_shorter(n, reused):
-    """What was computed is found to its last token, tail included, up to one token less than the new prompt."""
+    """What was computed is found to its last token, tail included, but for the prompt's last."""
     cache = KVCache(16)
     run(cache, ids(n))
     assert run(cache, ids(n + 40)) == n
@@ -70,7 +71,7 @@ def test_hits_are_by_all_tokens_before_not_by_the_page_alone():
 
 
 def test_equal_hashes_are_not_equal_tokens():
-    """Keys are the tokens' bytes in a dict, which compares them; -1 and -2 have equal hashes as ints."""
+    """Keys are bytes in a dict, which compares them; -1 and -2 have equal hashes as ints."""
     cache = KVCache(16)
     run(cache, np.full(P, -1, np.int32))
     assert run(cache, np.full(P + 1, -2, np.int32)) == 0
@@ -154,8 +155,8 @@ def test_pages_for_positions(n, pages):
 
 # A model of the cache: what each page holds, by lease and by tree, at any time
 
-STEP = st.tuples(st.sampled_from(["open", "compute", "compute", "close", "drop", "clear"]), st.integers(0, 3),
-                 st.integers(1, 4 * P), st.integers(0, 9))
+STEP = st.tuples(st.sampled_from(["open", "compute", "compute", "close", "drop", "clear"]),
+                 st.integers(0, 3), st.integers(1, 4 * P), st.integers(0, 9))
 
 
 @settings(max_examples=200, deadline=None)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinychat.errors import InvalidRequest, KernelError
-from tinychat.ops.sampling import SamplingParams, draw, keep_min_p, keep_top_p, penalize, rank, sample
+from tinychat.ops.sampling import (
+    SamplingParams, draw, keep_min_p, keep_top_p, penalize, rank, sample)
 
 OFF = dict(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
 
@@ -39,7 +40,8 @@ def test_greedy_sees_the_penalty():
 def test_draw_follows_the_probabilities_in_order_of_rank():
     row = chances(0.2, 0.5, 0.3)
     params = SamplingParams(**OFF)
-    assert [sample(row, params, [], c) for c in (0.0, 0.49, 0.51, 0.79, 0.81, 0.9999)] == [1, 1, 2, 2, 0, 0]
+    ids = [sample(row, params, [], coin) for coin in (0.0, 0.49, 0.51, 0.79, 0.81, 0.9999)]
+    assert ids == [1, 1, 2, 2, 0, 0]
 
 
 def test_temperature_sharpens_and_flattens():
@@ -79,7 +81,7 @@ def test_filters_look_at_probabilities_before_temperature():
 
 
 def test_filters_apply_in_the_stated_order():
-    """top_p after top_k sees the renormalised probabilities: 0.4 of 0.7 is below 0.6, 0.4 of 1.0 needs three."""
+    """top_p after top_k sees the renormalised probabilities: 0.4 of 0.7 is more than 0.55."""
     row = chances(0.4, 0.3, 0.2, 0.1)
     assert drawn(row, top_p=0.55, top_k=2) == {0}
     assert drawn(row, top_p=0.55) == {0, 1}
@@ -121,8 +123,9 @@ def test_no_finite_logit_is_a_kernel_error():
 
 
 @pytest.mark.parametrize("name, value", [
-    ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_p", 1.01), ("top_p", -0.01),
-    ("min_p", 2), ("top_k", -1), ("repeat_penalty", 0), ("repeat_penalty", math.inf), ("repeat_last_n", -1)])
+    ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_p", 1.01),
+    ("top_p", -0.01), ("min_p", 2), ("top_k", -1), ("repeat_penalty", 0),
+    ("repeat_penalty", math.inf), ("repeat_last_n", -1)])
 def test_value_out_of_range_names_its_field(name, value):
     with pytest.raises(InvalidRequest) as error:
         SamplingParams(**{name: value})
@@ -137,7 +140,8 @@ def plainly(row, p: SamplingParams, recent, coin) -> int:
     ranked = sorted(scores, key=lambda i: (-np.float32(scores[i]), i))[:p.top_k or None]
     if p.greedy:
         return ranked[0]
-    weight = {i: math.exp(float(np.float32(scores[i])) - float(np.float32(scores[ranked[0]]))) for i in ranked}
+    top = float(np.float32(scores[ranked[0]]))
+    weight = {i: math.exp(float(np.float32(scores[i])) - top) for i in ranked}
     kept, total = [], sum(weight.values())
     for i in ranked:
         kept.append(i)
@@ -155,9 +159,11 @@ def plainly(row, p: SamplingParams, recent, coin) -> int:
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(-80, 80).map(lambda v: v / 8), min_size=1, max_size=40),
-       st.builds(SamplingParams, temperature=st.sampled_from([0, 0.5, 1.0, 1.7]), top_p=st.sampled_from([0, 0.53, 0.917, 1]),
+       st.builds(SamplingParams, temperature=st.sampled_from([0, 0.5, 1.0, 1.7]),
+                 top_p=st.sampled_from([0, 0.53, 0.917, 1]),
                  top_k=st.sampled_from([0, 1, 3, 40]), min_p=st.sampled_from([0, 0.0513, 0.37]),
-                 repeat_penalty=st.sampled_from([1.0, 1.1, 2.0]), repeat_last_n=st.sampled_from([1, 4, 64])),
+                 repeat_penalty=st.sampled_from([1.0, 1.1, 2.0]),
+                 repeat_last_n=st.sampled_from([1, 4, 64])),
        st.lists(st.integers(0, 39), max_size=10), st.floats(0, 1, exclude_max=True))
 def test_agrees_with_the_plain_chain(row, params, recent, coin):
     row = np.array(row, np.float32)

@@ -18,7 +18,8 @@ def sequence(n_prompt: int, *, done: int = 0, generated: int = 0, slot: int = 0)
 
 
 def plan(running, *, max_tokens=512, chunk=512):
-    return [(running.index(seq), n) for seq, n in plan_step(running, max_tokens=max_tokens, chunk=chunk)]
+    work = plan_step(running, max_tokens=max_tokens, chunk=chunk)
+    return [(running.index(seq), n) for seq, n in work]
 
 
 def test_generating_sequences_come_first_with_one_token_each():
@@ -43,7 +44,8 @@ def test_nothing_runs_nothing_is_planned():
 
 def test_arrays_describe_the_step():
     arrays = StepArrays(max_tokens=16, n_slots=4, n_ctx=100)
-    work = [(sequence(3, done=4, generated=2, slot=2), 1), (sequence(9, done=6, slot=0), 3), (sequence(20, slot=1), 5)]
+    work = [(sequence(3, done=4, generated=2, slot=2), 1), (sequence(9, done=6, slot=0), 3),
+            (sequence(20, slot=1), 5)]
     batch = arrays.fill(work)
     assert batch.tokens.tolist() == [101, 6, 7, 8, 0, 1, 2, 3, 4]
     assert batch.positions.tolist() == [4, 6, 7, 8, 0, 1, 2, 3, 4]
@@ -59,17 +61,19 @@ def test_arrays_ask_for_every_row_when_told():
 
 
 @pytest.mark.parametrize("n_prompt, max_tokens, n_ctx, limit, reason", [
-    (10, None, 50, 50, "context"), (10, 40, 50, 50, "length"), (10, 41, 50, 50, "context"), (10, 5, 50, 15, "length")])
+    (10, None, 50, 50, "context"), (10, 40, 50, 50, "length"), (10, 41, 50, 50, "context"),
+    (10, 5, 50, 15, "length")])
 def test_a_sequence_knows_its_limit_and_why(n_prompt, max_tokens, n_ctx, limit, reason):
     seq = Sequence(np.arange(n_prompt), sampler=Sampler(SamplingParams(), 0), max_tokens=max_tokens,
                    stop_ids=frozenset({7}), n_ctx=n_ctx)
-    assert seq.limit == limit
+    assert len(seq.ids) == limit
     reasons = [seq.append(1) for _ in range(limit - n_prompt)]
     assert reasons == [None] * (limit - n_prompt - 1) + [reason]
 
 
 def test_stop_token_wins_over_the_limit():
-    seq = Sequence(np.arange(3), sampler=Sampler(SamplingParams(), 0), max_tokens=1, stop_ids=frozenset({7}), n_ctx=9)
+    seq = Sequence(np.arange(3), sampler=Sampler(SamplingParams(), 0), max_tokens=1,
+                   stop_ids=frozenset({7}), n_ctx=9)
     assert seq.append(7) == "stop"
 
 

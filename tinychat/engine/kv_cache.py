@@ -1,9 +1,10 @@
 """The KV pages of one loaded model: who holds them, and what is in them.
 
-A page is in one of three states: empty; held by one or more sequences; or idle, that is held by nobody and
-kept because of what it contains. Contents are found through a prefix tree: a node is one page, its key the
-tokens of that page, its place in the tree the tokens before. The tree is made of dicts keyed by the tokens
-themselves, so a hit has been compared token by token. Idle pages are given away least recently used first.
+A page is in one of three states: empty; held by one or more sequences; or idle, that is held by
+nobody and kept because of what it contains. Contents are found through a prefix tree: a node is one
+page, its key the tokens of that page, its place in the tree the tokens before. The tree is made of
+dicts keyed by the tokens themselves, so a hit has been compared token by token. When no page is
+empty, idle ones are given away, the least recently used first.
 
 Only the engine's thread comes here; nothing locks.
 """
@@ -14,7 +15,6 @@ import numpy as np
 from tinychat.ops.program import PAGE_TOKENS
 
 TOKEN_BYTES = np.dtype(np.int32).itemsize
-PAGE_KEY_BYTES = PAGE_TOKENS * TOKEN_BYTES
 
 
 def n_pages_for(n_positions: int) -> int:
@@ -22,7 +22,10 @@ def n_pages_for(n_positions: int) -> int:
 
 
 class Node:
-    """One page whose contents are known. A key shorter than a page is a tail: the end of what was computed."""
+    """One page whose contents are known.
+
+    A key shorter than a page is a tail: the end of what somebody computed.
+    """
 
     __slots__ = ("key", "page", "parent", "children", "refs")
 
@@ -35,7 +38,7 @@ class Node:
 
 
 class Lease:
-    """What one sequence holds: pages in order of position, the first len(nodes) of them shared in the tree.
+    """What one sequence holds: pages in order of position, the first len(nodes) in the tree.
 
     row: int32 (max_pages,), the sequence's row of the step's page table, kept up to date in place.
     """
@@ -52,8 +55,8 @@ class Lease:
 class KVCache:
     """Pages 0 … n_pages-1 and the prefix tree over them.
 
-    A holder of a node holds every node above it, so an idle node has only idle nodes below, and these went
-    idle before it: the least recently used idle node is always a leaf.
+    A holder of a node holds every node above it, so an idle node has only idle nodes below, and
+    these went idle before it: the least recently used idle node is always a leaf.
     """
 
     def __init__(self, n_pages: int):
@@ -68,14 +71,16 @@ class KVCache:
         """Pages that no sequence holds: empty ones, and idle ones that only the tree keeps."""
         return len(self._empty) + len(self._idle)
 
-    def open(self, row: np.ndarray, ids: np.ndarray, n_positions: int, *, reuse: bool = True) -> "tuple[Lease, int] | None":
-        """Pages for positions up to `n_positions`, guaranteed; None when that cannot be promised now.
+    def open(self, row: np.ndarray, ids: np.ndarray, n_positions: int, *,
+             reuse: bool = True) -> tuple[Lease, int] | None:
+        """Promise the pages of positions below `n_positions`; None when there are not enough.
 
-        ids: int32 (n,), the prompt. Returns the lease and how many of its tokens are there already, at most n-1.
+        ids: int32 (n,), n <= n_positions, the tokens to come. Returns the lease and how many of
+        them are computed already, at most n-1.
         """
         path = self._find(ids) if reuse else []
         n_needed = n_pages_for(n_positions)
-        n_shared = sum(node.refs > 0 for node in path)  # these cost nothing, an idle one costs a free page
+        n_shared = sum(node.refs > 0 for node in path)  # these cost nothing
         if self.free_pages - self._n_reserved < n_needed - n_shared:
             return None
         lease = Lease(row)
@@ -87,22 +92,28 @@ class KVCache:
         return lease, n_done + (self._take_tail(lease, ids[n_done:]) if reuse else 0)
 
     def extend(self, lease: Lease, ids: np.ndarray, n_done: int) -> int:
-        """The same for a lease whose `n_done` tokens are all in the tree: others may have filed more since."""
+        """How many of `ids` are computed: n_done, or more if others have filed what follows."""
         if n_done != len(lease.nodes) * PAGE_TOKENS or lease.n_pages != len(lease.nodes):
             return n_done
         for node in self._find(ids, len(lease.nodes), self._last(lease)):
             self._hold(lease, node)
         return len(lease.nodes) * PAGE_TOKENS
 
-    def grow(self, lease: Lease, n_positions: int) -> None:
-        """Take the pages of positions below `n_positions`, out of those reserved."""
+    def grow(self, lease: Lease, n_positions: int) -> bool:
+        """Take the pages of positions below `n_positions`; False when all others are promised."""
         while lease.n_pages * PAGE_TOKENS < n_positions:
-            self._append(lease, self._take())
+            if lease.n_reserved == 0:
+                if self.free_pages == self._n_reserved:
+                    return False
+                lease.n_reserved += 1
+                self._n_reserved += 1
+            self._append(lease, self._empty.pop() if self._empty else self._evict())
+        return True
 
     def file(self, lease: Lease, ids: np.ndarray, n_done: int) -> None:
         """Enter into the tree the pages that the first `n_done` of `ids` fill.
 
-        A page that the tree has already is given back and the tree's taken: their contents are equal.
+        Where the tree has such a page, it is held instead and ours given back: they are equal.
         """
         while (len(lease.nodes) + 1) * PAGE_TOKENS <= n_done:
             i = len(lease.nodes)
@@ -119,16 +130,16 @@ class KVCache:
             lease.nodes.append(node)
 
     def close(self, lease: Lease, ids: np.ndarray, n_done: int, *, keep: bool = True) -> None:
-        """Give everything back; with `keep`, what the first `n_done` of `ids` left stays findable."""
+        """Give everything back; with `keep`, what is computed of ids[:n_done] can be found."""
         if keep:
             self.file(lease, ids, n_done)
         n_filed = len(lease.nodes)
+        private = lease.row[n_filed:lease.n_pages].tolist()
         tail = ids[n_filed * PAGE_TOKENS:n_done].tobytes() if keep else b""
-        private = [int(page) for page in lease.row[n_filed:lease.n_pages]]
         if tail:
             self._keep_tail(self._last(lease), tail, private)
         self._empty.extend(reversed(private))
-        for node in reversed(lease.nodes):  # the deepest goes idle first, hence is evicted first
+        for node in reversed(lease.nodes):  # the deepest goes idle first, hence is given away first
             node.refs -= 1
             if node.refs == 0:
                 self._idle[node] = None
@@ -144,7 +155,7 @@ class KVCache:
         return lease.nodes[-1] if lease.nodes else self._root
 
     def _find(self, ids: np.ndarray, skip: int = 0, node: Node | None = None) -> list[Node]:
-        """The full pages in the tree that hold `ids` from page `skip` on, below `node`; never the last token's."""
+        """The full pages below `node` that hold `ids` from page `skip` on, bar the last token."""
         node, path = node or self._root, []
         for i in range(skip, (len(ids) - 1) // PAGE_TOKENS):
             node = node.children.get(ids[i * PAGE_TOKENS:(i + 1) * PAGE_TOKENS].tobytes())
@@ -154,7 +165,7 @@ class KVCache:
         return path
 
     def _take_tail(self, lease: Lease, rest: np.ndarray) -> int:
-        """Take over the longest tail that `rest` begins with. It leaves the tree: its holder will write on in it."""
+        """Take the longest tail that `rest` begins with out of the tree: it will be written on."""
         children = self._last(lease).children
         key = rest[:PAGE_TOKENS - 1].tobytes()
         for n in range(len(key), 0, -TOKEN_BYTES):
@@ -180,14 +191,11 @@ class KVCache:
         self._append(lease, node.page)
 
     def _append(self, lease: Lease, page: int) -> None:
-        assert lease.n_reserved > 0, "a sequence outgrew its reservation"
+        assert lease.n_reserved > 0, "a page that was not promised"
         lease.row[lease.n_pages] = page
         lease.n_pages += 1
         lease.n_reserved -= 1
         self._n_reserved -= 1
-
-    def _take(self) -> int:
-        return self._empty.pop() if self._empty else self._evict()
 
     def _evict(self) -> int:
         node, _ = self._idle.popitem(last=False)

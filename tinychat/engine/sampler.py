@@ -1,4 +1,4 @@
-"""The random state of one sequence. What sampling means is in `ops/sampling.py`; executors do it."""
+"""The random state of one sequence. `ops/sampling.py` says what sampling means; executors do it."""
 import random
 
 import numpy as np
@@ -19,5 +19,5 @@ class Sampler:
         self._coin = random.Random(seed).random
 
     def next(self, executor, logits: np.ndarray, recent_ids: np.ndarray) -> int:
-        """logits: float32 (V,); recent_ids: int32, at least the last `repeat_last_n` of prompt and answer."""
+        """logits: float32 (V,); recent_ids: int32, the last tokens of prompt and answer."""
         return executor.sample(logits, self.params, recent_ids, self._coin())

@@ -1,4 +1,4 @@
-"""One request as the engine sees it: its tokens, where it stands, and the updates its submitter reads."""
+"""One request as the engine sees it: its tokens, where it stands, what its submitter is told."""
 import itertools
 import queue
 import time
@@ -54,19 +54,18 @@ _ids = itertools.count(1)
 class Sequence:
     """The submitter reads `id`, `n_prompt`, `n_cached` (final at PromptDone) and `updates()`.
 
-    The rest belongs to the engine. Its tokens are `ids[:n_tokens]`, prompt first; the keys and values of the
-    first `n_done` are computed. `limit` is how many tokens it can ever have, `len(ids)`.
+    The rest belongs to the engine. The tokens are `ids[:n_tokens]`, prompt first; keys and values
+    of the first `n_done` are computed. There will never be more than len(ids) tokens.
     """
 
-    def __init__(self, prompt: list[int], *, sampler: Sampler, max_tokens: int | None,
+    def __init__(self, prompt: np.ndarray, *, sampler: Sampler, max_tokens: int | None,
                  stop_ids: frozenset[int], n_ctx: int):
         self.id = next(_ids)
         self.n_prompt = len(prompt)
         self.n_cached = 0
         self.sampler = sampler
         self.stop_ids = stop_ids
-        self.full_reason = "context"
-        limit = n_ctx
+        limit, self.full_reason = n_ctx, "context"
         if max_tokens is not None and self.n_prompt + max_tokens <= n_ctx:
             limit, self.full_reason = self.n_prompt + max_tokens, "length"
         self.ids = np.empty(limit, np.int32)
@@ -74,24 +73,26 @@ class Sequence:
         self.n_tokens = self.n_prompt
         self.n_done = 0
         self.cancelled = False
+        self.preempted = False           # it has run before
         self.finished: Finished | None = None
-        self.lease: Lease | None = None  # held from admission to the end
-        self.slot = -1                   # its row of the page table
-        self.t_submitted = time.perf_counter()
-        self.t_started = self.t_prompt_done = self.t_submitted
+        self.lease: Lease | None = None  # while it runs
+        self.slot = -1                   # its row of the page table, while it runs
+        self.t_submitted = self.t_started = self.t_prompt_done = time.perf_counter()
         self._updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
-
-    @property
-    def limit(self) -> int:
-        return len(self.ids)
-
-    @property
-    def decoding(self) -> bool:
-        return self.n_tokens > self.n_prompt
 
     @property
     def n_generated(self) -> int:
         return self.n_tokens - self.n_prompt
+
+    @property
+    def n_pending(self) -> int:
+        """Tokens known and not computed."""
+        return self.n_tokens - self.n_done
+
+    @property
+    def generating(self) -> bool:
+        """Only the token sampled last is pending."""
+        return self.n_tokens > self.n_prompt and self.n_tokens - self.n_done == 1
 
     def recent_ids(self) -> np.ndarray:
         return self.ids[max(0, self.n_tokens - self.sampler.params.repeat_last_n):self.n_tokens]
@@ -107,19 +108,17 @@ class Sequence:
     def put(self, update: Update) -> None:
         self._updates.put(update)
 
-    def finish(self, finished: Finished) -> bool:
-        """Send the last update; False when it was sent before."""
-        if self.finished is not None:
-            return False
-        self.finished = finished
-        self._updates.put(finished)
-        return True
+    def finish(self, finished: Finished) -> None:
+        """Send the last update, once."""
+        if self.finished is None:
+            self.finished = finished
+            self._updates.put(finished)
 
     def updates(self, timeout: float | None = None) -> "Updates":
         """What happens to the sequence, in order, for one reader; ends after Finished.
 
-        timeout: seconds to wait for each update. When none came in time the iterator raises TimeoutError
-        and may be asked again.
+        timeout: seconds to wait for each update. When none came in time the iterator raises
+        TimeoutError and may be asked again.
         """
         return Updates(self._updates, timeout)
 

@@ -1,16 +1,17 @@
 """From one row of logits to a token id: the meaning of sampling, in NumPy. The kernels have a twin.
 
-Order: repeat penalty, rank and top_k, top_p, min_p, temperature, draw. The three filters look at the
-probabilities before temperature. What a twin must agree on:
+Order: repeat penalty, rank and top_k, top_p, min_p, temperature, draw. The three filters look at
+the probabilities before temperature. What a twin must agree on:
 
 - A logit that is NaN or infinite is never chosen; a row without a finite logit is a KernelError.
-- The penalty is computed in float64, clamped to the finite float32 range and rounded to float32.
-- Greedy (temperature 0, top_k 1 or top_p 0): the highest logit after the penalty, the lowest id of equals.
-- Otherwise candidates are ranked by logit descending, then id ascending, so that every filter keeps the
-  first so many of them, and never none.
-- From there on x = float64(logit) - float64(highest), and all sums are float64 in order of rank. A twin may
-  round exp and the sums in another way, to a relative 1e-6: it may then differ only where `coin` or
-  `top_p` lies that close to a cumulative sum.
+- The penalty is computed in float64, clamped to the finite float32 range, rounded to float32.
+- Greedy (temperature 0, top_k 1 or top_p 0): the highest logit after the penalty, the lowest id of
+  equals.
+- Otherwise candidates are ranked by logit descending, then id ascending, so that every filter keeps
+  the first so many of them, and never none.
+- From there on x = float64(logit) - float64(highest), and all sums are float64 in order of rank. A
+  twin may round exp and the sums in another way, to a relative 1e-6: it may then differ only where
+  `coin` or `top_p` lies that close to a cumulative sum.
 """
 import math
 from collections.abc import Sequence
@@ -38,27 +39,28 @@ class SamplingParams:
     repeat_last_n: int = 64      # prompt tokens count
 
     def __post_init__(self):
-        _check(0 <= self.temperature < math.inf, "temperature", "a number of at least 0", self.temperature)
-        _check(0 <= self.top_p <= 1, "top_p", "a number from 0 to 1", self.top_p)
-        _check(self.top_k >= 0, "top_k", "an integer of at least 0", self.top_k)
-        _check(0 <= self.min_p <= 1, "min_p", "a number from 0 to 1", self.min_p)
-        _check(0 < self.repeat_penalty < math.inf, "repeat_penalty", "a number above 0", self.repeat_penalty)
-        _check(self.repeat_last_n >= 0, "repeat_last_n", "an integer of at least 0", self.repeat_last_n)
+        self._check("temperature", 0 <= self.temperature < math.inf, "a number of at least 0")
+        self._check("top_p", 0 <= self.top_p <= 1, "a number from 0 to 1")
+        self._check("top_k", self.top_k >= 0, "an integer of at least 0")
+        self._check("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1")
+        self._check("repeat_penalty", 0 < self.repeat_penalty < math.inf, "a number above 0")
+        self._check("repeat_last_n", self.repeat_last_n >= 0, "an integer of at least 0")
+
+    def _check(self, name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise InvalidRequest(f"expected {expected}, got {getattr(self, name)}", param=name)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0 or self.top_k == 1 or self.top_p == 0
 
 
-def _check(ok: bool, param: str, expected: str, got) -> None:
-    if not ok:
-        raise InvalidRequest(f"expected {expected}, got {got}", param=param)
-
-
-def sample(logits: np.ndarray, params: SamplingParams, recent_ids: Sequence[int], coin: float) -> int:
+def sample(logits: np.ndarray, params: SamplingParams, recent_ids: Sequence[int],
+           coin: float) -> int:
     """One token id from `logits` float32 (V,), which is left as it is.
 
-    recent_ids: the sequence's tokens, prompt and answer, oldest first; only the last `repeat_last_n` count.
+    recent_ids: the sequence's tokens, prompt and answer, oldest first; the last `repeat_last_n`
+    count.
     coin: uniform in [0, 1); it alone decides the draw, so the function is pure.
     Raises: KernelError when no logit is finite.
     """
@@ -84,7 +86,7 @@ def only_finite(logits: np.ndarray) -> np.ndarray:
 
 
 def penalize(logits: np.ndarray, recent_ids: Sequence[int], params: SamplingParams) -> np.ndarray:
-    """Each id among the last `repeat_last_n`, once: a positive logit / penalty, any other * penalty.
+    """Each id of the last `repeat_last_n`, once: a positive logit / penalty, another * penalty.
 
     Ids outside the vocabulary are ignored. Source: llama.cpp, llama_sampler_penalties_apply.
     """
@@ -102,7 +104,7 @@ def penalize(logits: np.ndarray, recent_ids: Sequence[int], params: SamplingPara
 
 
 def rank(logits: np.ndarray, top_k: int) -> np.ndarray:
-    """Ids by logit descending, then id ascending, the first `top_k` of them (0: all); -inf is left out."""
+    """Ids by logit descending, then id ascending: the first `top_k` (0: all), without -inf."""
     if 0 < top_k < len(logits):
         floor = np.partition(logits, len(logits) - top_k)[len(logits) - top_k]
         ids = np.flatnonzero((logits >= floor) & (logits > -np.inf))
@@ -120,7 +122,7 @@ def keep_top_p(x: np.ndarray, top_p: float) -> int:
 
 
 def keep_min_p(x: np.ndarray, min_p: float) -> int:
-    """How many of the ranked x (K,) are at least `min_p` times as probable as the first: x >= ln(min_p)."""
+    """How many of the ranked x (K,) are `min_p` times as probable as the first: x >= ln(min_p)."""
     if min_p <= 0:
         return len(x)
     return int(np.count_nonzero(x >= math.log(min_p)))
