@@ -18,7 +18,7 @@ _FROM_API = ("Model", "load", "load_tokenizer", "serve")
 
 
 def __getattr__(name: str):
-    """The public names come from tinychat.api when first asked for: `import tinychat` costs nothing."""
+    """Names of tinychat.api, imported when first asked for: `import tinychat` costs nothing."""
     if name in _FROM_API:
         from tinychat import api
         return getattr(api, name)

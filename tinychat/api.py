@@ -24,7 +24,7 @@ LIBRARY_OPTIONS = signature(Library).parameters.keys()
 
 def load(name: Name, *, context_length: int | None = None, store: str | os.PathLike = IN_MEMORY,
          **options) -> "Model":
-    """The model of that name or path, in memory and ready; one of the catalogue is fetched on first use.
+    """The model of that name or path, in memory; one of the catalogue is fetched on first use.
 
     context_length: tokens of prompt and answer together; None: 4096, or the model's own when less.
     store: where chats are kept for `previous_response_id`, a file or ":memory:".
@@ -46,13 +46,14 @@ def load_tokenizer(path: str | os.PathLike) -> "Vocabulary":
         return Vocabulary(Tokenizer.from_metadata(file.metadata))
 
 
-def serve(models: "Name | Model | Iterable[Name]" = (), *, host: str = "127.0.0.1", port: int = 1234,
-          store: str | os.PathLike | None = None, **settings) -> "Serving":
-    """A server on its own threads, with the models named in memory; close it, or use it in a `with`.
+def serve(models: "Name | Model | Iterable[Name]" = (), *, host: str = "127.0.0.1",
+          port: int = 1234, store: str | os.PathLike | None = None, **settings) -> "Serving":
+    """A server on threads of its own, with the models in memory; close it, or use it in a `with`.
 
     models: names or paths; or one loaded `Model`, which the server then shares.
-    port: 0 takes a free one. store: None keeps chats in the data folder (a shared model's in its own store).
-    settings: the server's, such as cors and max_body_bytes, and those of `Library`, such as parallel and home.
+    port: 0 takes a free one. store: a file, ":memory:", or None for a file in the data folder;
+    a shared model keeps its own.
+    settings: the server's, such as cors, and those of `Library`, such as parallel and home.
     Raises: TinychatError when a model cannot be loaded or the address is taken.
     """
     if isinstance(models, Model):
@@ -65,7 +66,8 @@ def serve(models: "Name | Model | Iterable[Name]" = (), *, host: str = "127.0.0.
             library.load(library.ensure(name).key)
         responses = Store(library.home / STORE_NAME if store is None else store)
         undo.callback(responses.close)
-        serving = Serving(library, responses, owns=(library, responses), host=host, port=port, **settings)
+        serving = Serving(library, responses, owns=(library, responses), host=host, port=port,
+                          **settings)
         undo.pop_all()
     return serving
 
@@ -73,15 +75,15 @@ def serve(models: "Name | Model | Iterable[Name]" = (), *, host: str = "127.0.0.
 class Serving:
     """A running server: `url`, `close()`."""
 
-    def __init__(self, library: Library, store: Store, *, owns: tuple, host: str, port: int, **settings):
+    def __init__(self, library: Library, store: Store, *, owns: tuple, **settings):
         from tinychat.server import make_server
         self.library, self._owns = library, owns
-        self._server = make_server(library, store, host=host, port=port, **settings)
+        self._server = make_server(library, store, **settings)
         self.url: str = self._server.url
         self._server.start()
 
     def close(self) -> None:
-        """Stop taking requests, end those that run, free the models that it loaded; may be called again."""
+        """Stop taking requests, end those that run, free what it loaded; may be called again."""
         self._server.close()
         for owned in self._owns:
             owned.close()
@@ -108,7 +110,7 @@ class Vocabulary:
 
 
 class Model(Vocabulary):
-    """A loaded model. Its methods may be called from many threads; what they run shares the engine's steps."""
+    """A loaded model. Its methods may be called from many threads at once: they share its steps."""
 
     def __init__(self, library: Library, key: str, store: Store, context_length: int | None = None):
         self.library, self.key, self.store = library, key, store
@@ -120,19 +122,21 @@ class Model(Vocabulary):
         self.load_time_seconds = loaded.load_time_seconds
         self._closed = False
 
-    def chat(self, input: str | list[dict], *, system_prompt: str | None = None, stream: bool = False,
-             temperature: float | None = None, top_p: float | None = None, top_k: int | None = None,
-             min_p: float | None = None, repeat_penalty: float | None = None,
-             max_output_tokens: int | None = None, reasoning: str | None = None,
-             context_length: int | None = None, previous_response_id: str | None = None, store: bool = True,
+    def chat(self, input: str | list[dict], *, system_prompt: str | None = None,
+             stream: bool = False, temperature: float | None = None, top_p: float | None = None,
+             top_k: int | None = None, min_p: float | None = None,
+             repeat_penalty: float | None = None, max_output_tokens: int | None = None,
+             reasoning: str | None = None, context_length: int | None = None,
+             previous_response_id: str | None = None, store: bool = True,
              integrations: list | None = None) -> "dict | Iterator[dict]":
-        """The wire's `POST /api/v1/chat`: its response as a dict, or with `stream` its events one by one.
+        """The wire's `POST /api/v1/chat`: its response, or with `stream` its events one by one.
 
         Closing the iterator stops the answer. None leaves a field out.
         Raises: TinychatError, for a bad field at once; in a stream later errors are events.
         """
+        fields = {name: value for name, value in locals().items()
+                  if name != "self" and value is not None}
         self._check_open()
-        fields = {name: value for name, value in locals().items() if name != "self" and value is not None}
         request = parse_chat_request({"model": self.key, **fields})
         events = chat.run(self.library, self.store, request)
         if stream:
@@ -140,29 +144,35 @@ class Model(Vocabulary):
         with closing(events):
             return chat.fold(events)
 
-    def render(self, messages: list[dict], tools: list[dict] | None = None, **template_kwargs) -> str:
-        """The prompt that the model's own chat template makes of messages. Raises: TemplateError."""
+    def render(self, messages: list[dict], tools: list[dict] | None = None,
+               **template_kwargs) -> str:
+        """The prompt that the model's own template makes of messages. Raises: TemplateError."""
         return self._template.render(messages, tools, **template_kwargs)
 
     def logits(self, ids: Iterable[int]) -> np.ndarray:
-        """float32 (n_tokens, n_vocab): row t scores what follows ids[:t + 1]. Raises: ContextOverflow."""
+        """float32 (n_tokens, n_vocab): row t scores what follows ids[:t + 1].
+
+        Raises: ContextOverflow; InvalidRequest for no ids, or ids outside the vocabulary.
+        """
         self._check_open()
         with self.library.use(self.key) as loaded:
             return loaded.engine.logits(list(ids))
 
-    def generate(self, ids: Iterable[int], *, max_tokens: int | None = None, stop_ids: Iterable[int] | None = None,
-                 seed: int | None = None, **sampling) -> Iterator[int]:
-        """The ids that follow `ids`, one by one, a stop id included; closing the iterator stops the engine.
+    def generate(self, ids: Iterable[int], *, max_tokens: int | None = None,
+                 stop_ids: Iterable[int] | None = None, seed: int | None = None,
+                 **sampling) -> Iterator[int]:
+        """The ids that follow `ids`, one by one, a stop id too; closing the iterator stops it.
 
-        stop_ids: None for the model's end-of-turn tokens, () for none. sampling: temperature, top_p, top_k,
-        min_p, repeat_penalty; the model's own settings where left out.
+        stop_ids: None for the model's end-of-turn tokens, () for none. sampling: temperature,
+        top_p, top_k, min_p, repeat_penalty; the model's own settings where left out.
         Raises: ContextOverflow, InvalidRequest, at the first id.
         """
         self._check_open()
         stops = self._tokenizer.eog_ids if stop_ids is None else frozenset(stop_ids)
         with self.library.use(self.key) as loaded:
-            sequence = loaded.engine.submit(list(ids), params=replace(loaded.defaults, **sampling),
-                                            max_tokens=max_tokens, stop_ids=stops, seed=seed)
+            sequence = loaded.engine.submit(
+                list(ids), params=replace(loaded.defaults, **sampling), max_tokens=max_tokens,
+                stop_ids=stops, seed=seed)
             try:
                 for update in sequence.updates():
                     if isinstance(update, Token):

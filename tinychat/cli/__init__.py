@@ -1,0 +1,100 @@
+"""The commands: serve, chat, pull, list, inspect, bench.
+
+What was asked for goes to standard output, all else to standard error. Exit codes: 0; 1 for a
+failure; 2 for a command line that makes no sense; 130 after Ctrl-C. Rooms are imported inside the
+commands, so that `tinychat --help` answers at once.
+"""
+import argparse
+import logging
+import os
+import sys
+
+import tinychat
+from tinychat.cli import commands, talk
+from tinychat.cli.settings import SETTINGS, count
+from tinychat.cli.terminal import one_line, say
+from tinychat.errors import TinychatError
+
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # bytes that are no text are no traceback
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        args = make_parser().parse_args(argv)
+        logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING,
+                            stream=sys.stderr, format="tinychat: %(message)s")
+        return args.run(args) or 0
+    except SystemExit as stop:  # argparse has said why
+        return int(stop.code or 0)
+    except TinychatError as error:
+        say(f"tinychat: {one_line(error)}")
+        return 1
+    except KeyboardInterrupt:
+        say("tinychat: interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # `tinychat list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tinychat", description="Chat with GGUF models: over HTTP, in the terminal.")
+    parser.add_argument("--version", action="version", version=f"tinychat {tinychat.__version__}")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("-v", "--verbose", action="store_true",
+                         help="say what happens, on standard error")
+        for setting in SETTINGS:
+            if name in setting.commands:
+                setting.add_to(sub)
+        return sub
+
+    _serve_arguments(command("serve", commands.serve, "The HTTP server."))
+    _chat_arguments(command("chat", talk.chat, "A conversation in the terminal; one answer with a "
+                            "TEXT, or with text on standard input."))
+    command("pull", commands.pull, "Fetch a model of the catalogue.").add_argument(
+        "name", metavar="NAME")
+    command("list", commands.list_models, "The models on this machine.")
+    _inspect_arguments(command("inspect", commands.inspect, "What is in a model file."))
+    _bench_arguments(command("bench", commands.bench, "Load time, speed and memory of a model, "
+                             "beside the machine's limits."))
+    return parser
+
+
+def _serve_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("models", nargs="*", metavar="MODEL",
+                     help="name or path, loaded at once; others when they are asked for")
+
+
+def _chat_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--system", metavar="TEXT", help="the system prompt")
+    sub.add_argument("--temperature", type=float, metavar="NUMBER",
+                     help="0 always takes the likeliest token")
+    sub.add_argument("--max-output-tokens", type=count, metavar="COUNT")
+    sub.add_argument("words", nargs="*", metavar="[MODEL] [TEXT]",
+                     help="the first word is the model, if one is called so; else all is text")
+
+
+def _inspect_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL", help="name or path")
+    sub.add_argument("--program", action="store_true", help="every operation of one step")
+
+
+def _bench_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL", help="name or path")
+    sub.add_argument("--prompt", type=count, default=512, metavar="TOKENS")
+    sub.add_argument("--generate", type=count, default=64, metavar="TOKENS")
+    sub.add_argument("--runs", type=count, default=3, metavar="COUNT", help="medians of so many")
+    sub.add_argument("--vs", choices=["llama.cpp"],
+                     help="measure it too, if llama_cpp or xllamacpp is installed")
+    sub.add_argument("--vs-python", metavar="PATH", default=sys.executable,
+                     help="the Python that has it (default: this one)")
+    sub.add_argument("--json", action="store_true", help="one line of JSON, last")

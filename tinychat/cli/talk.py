@@ -1,0 +1,163 @@
+"""`tinychat chat`: a conversation in the terminal."""
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from tinychat.cli.commands import fetched, load_shown
+from tinychat.cli.settings import settings_of
+from tinychat.cli.terminal import one_line, printable, say
+from tinychat.errors import ModelNotFound, TinychatError
+
+HELP = """\
+/help           this list
+/clear          forget the conversation
+/system TEXT    the system prompt from now on; without a text: none
+/exit           leave, as Ctrl-D does
+Ctrl-C stops an answer; what was stopped is not part of the conversation."""
+
+
+def chat(args) -> int:
+    from tinychat.library import Library
+    from tinychat.store import Store
+
+    ours, _ = settings_of(args)
+    with Library(**ours, parallel=1) as library, closing(Store()) as store:
+        name, text = model_and_text(library, args.words)
+        if not text and not sys.stdin.isatty():
+            text = sys.stdin.read()
+            if not text.strip():
+                raise TinychatError("expected a text on standard input, got none")
+        key = fetched(library, name).key
+        load_shown(library, key)
+        talk = Talk(library, store, key, system=args.system, temperature=args.temperature,
+                    max_output_tokens=args.max_output_tokens)
+        if text:
+            return 0 if talk.answer(text) else 1
+        talk.converse()
+        return 0
+
+
+def model_and_text(library, words: list[str]) -> tuple[str, str]:
+    """The first word is the model when one or a file is called so; else all words are the text."""
+    from tinychat.library import catalog, default_model
+    if not words:
+        return default_model(), ""
+    first, rest = words[0], " ".join(words[1:])
+    is_path = first.endswith(".gguf") and (Path(first).is_file() or " " not in first)
+    if is_path or first in catalog():
+        return first, rest
+    try:
+        library.find(first)
+        return first, rest
+    except ModelNotFound:
+        return default_model(), " ".join(words)
+
+
+class Talk:
+    """One conversation: answers on standard output, reasoning and remarks on standard error."""
+
+    def __init__(self, library, store, key: str, *, system: str | None, **fields):
+        self.library, self.store, self.key = library, store, key
+        self.fields = {"system_prompt": system, **fields}
+        self.last_id: str | None = None
+
+    def converse(self) -> None:
+        """Read lines until the end of input or /exit."""
+        try:
+            import readline  # noqa: F401  gives input() a history and editing keys
+        except ImportError:
+            pass
+        say(f"{self.key}; /help lists the commands")
+        while True:
+            try:
+                line = prompt("> ").strip()
+            except EOFError:
+                say("")
+                return
+            except KeyboardInterrupt:
+                say("\nCtrl-D or /exit leaves")
+                continue
+            if line in ("/exit", "/quit"):
+                return
+            if line.startswith("/"):
+                self.command(line)
+            elif line:
+                self.answer(line)
+
+    def command(self, line: str) -> None:
+        word, _, text = line.partition(" ")
+        if word == "/help":
+            say(HELP)
+        elif word == "/clear":
+            self.last_id = None
+            say("the conversation is forgotten")
+        elif word == "/system":
+            self.fields["system_prompt"] = text.strip()
+            say("system prompt set" if text.strip() else "no system prompt")
+        else:
+            say(f"{word} is no command; /help lists them")
+
+    def answer(self, text: str) -> bool:
+        """Stream one answer; Ctrl-C stops it. Returns whether it came to its end."""
+        from tinychat.chat import run
+        from tinychat.contract import parse_chat_request
+
+        asked = {"model": self.key, "input": text, "previous_response_id": self.last_id,
+                 **self.fields}
+        screen = Screen()
+        try:
+            request = parse_chat_request({k: v for k, v in asked.items() if v is not None})
+            with closing(run(self.library, self.store, request)) as events:
+                for event in events:
+                    screen.show(event)
+            if screen.error is None:
+                self.last_id = screen.result["response_id"]
+                return True
+            say(f"tinychat: {screen.error}")
+        except TinychatError as error:
+            say(f"tinychat: {one_line(error)}")
+        except KeyboardInterrupt:
+            screen.end_line()
+            say("(stopped)")
+        return False
+
+
+class Screen:
+    """Shows events as they come. A terminal gets no control characters that a model made up."""
+
+    def __init__(self):
+        self.error: str | None = None
+        self.result: dict | None = None
+        self._stream, self._at_line_start = sys.stdout, True
+        self._safe = sys.stdout.isatty()
+
+    def show(self, event: dict) -> None:
+        kind = event["type"]
+        if kind == "message.delta":
+            self._write(sys.stdout, event["content"])
+        elif kind == "reasoning.delta":
+            self._write(sys.stderr, event["content"])
+        elif kind in ("message.end", "reasoning.end"):
+            self.end_line()
+        elif kind == "error":
+            self.error = event["error"]["message"]
+        elif kind == "chat.end":
+            self.result = event["result"]
+
+    def _write(self, stream, text: str) -> None:
+        stream.write(printable(text) if self._safe else text)
+        stream.flush()
+        self._stream, self._at_line_start = stream, text.endswith("\n")
+
+    def end_line(self) -> None:
+        if not self._at_line_start:
+            self._write(self._stream, "\n")
+
+
+def prompt(text: str) -> str:
+    """input(), whose own prompt would go to standard output when that is no terminal."""
+    if sys.stdout.isatty():
+        return input(text)
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    return input()
