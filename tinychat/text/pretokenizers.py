@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
 
-from tinychat.text.unicode_classes import expand
+from tinychat.text.unicode_classes import expand, members_beyond
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +42,9 @@ _GPT4O = _CASED % (_CONTRACTION + "?", _CONTRACTION + "?") + \
 _YOUTU = _CASED % (_CONTRACTION + "?", _CONTRACTION + "?") + \
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _END
 _TEKKEN = _CASED % ("", "") + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _END
-# as _CASED, but the Han letters stand alone
-_KIMI_UPPER, _KIMI_LOWER = (rf"(?:(?!\p{{Han}}){letters})" for letters in (_UPPER, _LOWER))
-_KIMI = (r"\p{Han}+"
-         rf"|[^\r\n\p{{L}}\p{{N}}]?{_KIMI_UPPER}*{_KIMI_LOWER}+{_CONTRACTION}?"
-         rf"|[^\r\n\p{{L}}\p{{N}}]?{_KIMI_UPPER}+{_KIMI_LOWER}*{_CONTRACTION}?"
-         r"|\p{N}{1,3}" + _OTHER + _END)
+# as in gpt-4o, but Han letters make words of their own
+_KIMI = r"\p{Han}+|" + (_CASED % (_CONTRACTION + "?", _CONTRACTION + "?")).replace(
+    r"\p{Lm}", r"\p{Lm-Han}").replace(r"\p{Lo}", r"\p{Lo-Han}") + r"|\p{N}{1,3}" + _OTHER + _END
 _KANA_HAN = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 _ASCII_PUNCTUATION = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
 _DEEPSEEK3 = (_ASCII_PUNCTUATION + r"[A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
@@ -69,8 +66,8 @@ _LATIN_GREEK_CYRILLIC = (          # escapes: editors that normalise text would 
     "\U000118a0-\U000118df\U0001e900-\U0001e943")
 _CJK_HANGUL = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 _ASIAN = ("[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f"
-          "\u2f00-\u2fdf\u0e40-\u0e7f\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff"
-          "\uac00-\ud7af\u1100-\u11ff]+")
+          "\u2f00-\u2fdf\u0e40-\u0e7f\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f"
+          "\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+")
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 _LINES = r"[^\n]+|\n+"
 
@@ -175,18 +172,41 @@ def names() -> list[str]:
 
 @cache
 def _cutter(pattern_name: str) -> Cutter:
+    """The fast cut where it is exact: where no character beyond U+FFFF is of a class in the
+    pattern. An emoji is no letter, so it changes nothing for most; mathematical letters do."""
     patterns = _PATTERNS[pattern_name]
+    beyond = members_beyond("".join(patterns))
+    if not beyond:
+        return _compile(patterns, True)
+    fast, in_a_class = _compile(patterns, False), re.compile(f"[{beyond}]")
+
+    def cut(text: str) -> list[str]:
+        if not text.isascii() and in_a_class.search("".join(set(_BEYOND.findall(text)))):
+            return _exact_cutter(pattern_name)(text)
+        return fast(text)
+
+    return cut
+
+
+_BEYOND = re.compile("[\U00010000-\U0010ffff]")
+
+
+@cache
+def _exact_cutter(pattern_name: str) -> Cutter:
+    return _compile(_PATTERNS[pattern_name], True)
+
+
+def _compile(patterns: str | tuple, beyond: bool) -> Cutter:
     if isinstance(patterns, str):
-        return re.compile(expand(patterns)).findall
-    return partial(_cut_in_stages, [_stage(pattern) for pattern in patterns])
+        return re.compile(expand(patterns, beyond)).findall
+    return partial(_cut_in_stages, [_stage(pattern, beyond) for pattern in patterns])
 
 
-def _stage(pattern: str) -> Cutter:
+def _stage(pattern: str, beyond: bool) -> Cutter:
     """One cut of several. A pattern that ends in >>3 groups what it matches by threes from the
     right: 1234567 -> 1 234 567."""
-    if pattern.endswith(">>3"):
-        return partial(_cut_threes, re.compile(f"({expand(pattern[:-3])})").split)
-    return re.compile(f"({expand(pattern)})").split
+    split = re.compile(f"({expand(pattern.removesuffix('>>3'), beyond)})").split
+    return partial(_cut_threes, split) if pattern.endswith(">>3") else split
 
 
 def _cut_in_stages(stages: list[Cutter], text: str) -> list[str]:

@@ -14,8 +14,10 @@ Source: ggml-org/llama.cpp: src/llama-vocab.cpp, for what the files mean; minbpe
 import codecs
 import heapq
 import re
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, repeat
+from operator import contains
 from typing import Any
 
 from tinychat.errors import ModelFileError
@@ -43,7 +45,7 @@ _END_OF_FILL = {
 
 
 def _byte_characters() -> str:
-    """GPT-2's character for each byte: itself where it can be seen, else the next from U+0100 on."""
+    """GPT-2's character for each byte: itself where it shows, else the next from U+0100 on."""
     shown = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return "".join(chr(byte if byte in shown else next(others)) for byte in range(256))
@@ -76,8 +78,8 @@ class Tokenizer:
         self._cut = cut
         self._ids_of = _WordCache(encode_word)
         self._bytes: list[bytes | None] = [None] * self.n_vocab
-        self._user_defined = _SpecialTexts(vocabulary, {USER_DEFINED})
-        self._all_special = _SpecialTexts(vocabulary, {USER_DEFINED, CONTROL, UNKNOWN})
+        self._user_defined = _SpecialTexts(vocabulary, USER_DEFINED)
+        self._all_special = _SpecialTexts(vocabulary, USER_DEFINED, CONTROL, UNKNOWN)
 
     @staticmethod
     def from_metadata(metadata: dict[str, Any]) -> "Tokenizer":
@@ -199,6 +201,14 @@ class Decoder:
         return piece
 
 
+def seconds_to_encode(tokenizer: Tokenizer, text: str) -> float:
+    """Processor seconds for a text of which no word was seen before."""
+    tokenizer._ids_of.clear()
+    start = time.process_time()
+    tokenizer.encode(text)
+    return time.process_time() - start
+
+
 # The three families
 
 def _byte_pairs(vocabulary: "_Vocabulary") -> Tokenizer:
@@ -256,15 +266,17 @@ def _ids_of_pieces(pieces: list[str], ids: dict[str, int],
 
 def _cut_between_pieces(pieces: Iterable[str], alone: str = "") -> Callable[[str], list[str]]:
     """Cuts before each ▁ that no piece holds behind the character before it. Joining cannot cross
-    such a place, so it is exact to encode each side by itself, and the sides repeat: they are words.
+    such a place, so it is exact to encode each side by itself; and the sides repeat, as words do.
     A run of the character `alone` is a word too."""
-    before = set(re.findall(f"(.){SPACE}", "\n".join(pieces), re.DOTALL)) - {SPACE, "\n"}
+    before = set(re.findall(f"(.){SPACE}", "\0".join(pieces), re.DOTALL)) - {SPACE, "\0"}
     joined = f"(?:(?<=[{re.escape(''.join(sorted(before)))}]){SPACE}+[^{SPACE}{alone}]*)*"
     word = f"{SPACE}*[^{SPACE}{alone}]+{joined if before else ''}|{SPACE}+"
     return re.compile(f"{alone}+|{word}" if alone else word).findall
 
 
 # Joining symbols
+
+_NO_RANK = float("inf")
 
 def _join_pairs(word: str, ranks: dict[str, float], glue: str) -> list[str]:
     """Joins the neighbours of lowest rank (the leftmost of equals) until none has a rank; the rank
@@ -276,23 +288,20 @@ def _join_pairs(word: str, ranks: dict[str, float], glue: str) -> list[str]:
     parts = list(word)
     if len(parts) > SHORT_WORD:
         return _join_pairs_of_many(parts, ranks, glue)
-    rank_of, none = ranks.get, _NO_RANK
-    pairs = [rank_of(a + glue + b, none) for a, b in zip(parts, parts[1:])]
+    rank_of = ranks.get
+    pairs = [rank_of(a + glue + b, _NO_RANK) for a, b in zip(parts, parts[1:])]
     while pairs:
         lowest = min(pairs)
-        if lowest == none:
+        if lowest == _NO_RANK:
             break
         i = pairs.index(lowest)
         parts[i] += parts.pop(i + 1)
         del pairs[i]
         if i:
-            pairs[i - 1] = rank_of(parts[i - 1] + glue + parts[i], none)
+            pairs[i - 1] = rank_of(parts[i - 1] + glue + parts[i], _NO_RANK)
         if i < len(pairs):
-            pairs[i] = rank_of(parts[i] + glue + parts[i + 1], none)
+            pairs[i] = rank_of(parts[i] + glue + parts[i + 1], _NO_RANK)
     return parts
-
-
-_NO_RANK = float("inf")
 
 
 def _join_pairs_of_many(parts: list[str], ranks: dict[str, float], glue: str) -> list[str]:
@@ -342,54 +351,62 @@ class _WordCache(dict):
 # Special tokens in a text
 
 class _SpecialTexts:
-    """Finds the texts of tokens of some types. The longest goes first, wherever it stands."""
+    """Finds the texts of tokens of some types. Of texts that overlap the longest goes first."""
 
-    def __init__(self, vocabulary: "_Vocabulary", types: set[int]):
-        self._ids = {text: id for id, (text, type) in
-                     enumerate(zip(vocabulary.tokens, vocabulary.types)) if type in types and text}
-        self._strips = {id: strips for id, strips in vocabulary.strips().items()
-                        if vocabulary.types[id] in types}
-        self._longest_first = sorted(self._ids, key=lambda text: -len(text.encode()))
+    def __init__(self, vocabulary: "_Vocabulary", *types: int):
+        self._ids = {vocabulary.tokens[id]: id for id in vocabulary.ids_of_type(*types)
+                     if vocabulary.tokens[id]}
+        self._swallows_spaces = vocabulary.swallows_spaces()
         self._any: re.Pattern | None = None
 
     def split(self, text: str) -> list[str | int]:
-        """Pieces of text and the ids between them. Spaces beside a token that strips are dropped."""
-        parts: list[str | int] = [text] if text else []
-        present = self._present_in(text) if self._ids else ()
-        for special in present:
-            id = self._ids[special]
-            strip_left, strip_right = self._strips.get(id, (False, False))
-            found: list[str | int] = []
-            for part in parts:
-                if isinstance(part, int) or special not in part:
-                    found.append(part)
-                    continue
-                pieces = part.split(special)
-                if strip_left:
-                    pieces[:-1] = [piece.rstrip(_C_SPACES) for piece in pieces[:-1]]
-                if strip_right:
-                    pieces[1:] = [piece.lstrip(_C_SPACES) for piece in pieces[1:]]
-                found += (x for x in [*chain.from_iterable(zip(pieces, repeat(id)))][:-1] if x != "")
-            parts = found
+        """Pieces of text and the ids between them."""
+        if not self._ids:
+            return [text] if text else []
+        parts: list[str | int] = []
+        done = 0
+        for start, end, found in self._clusters(text):
+            parts += [text[done:start], *self._split_cluster(text[start:end], found)]
+            done = end
+        parts.append(text[done:])
+        for i, id in enumerate(parts[:-1]):
+            if id in self._swallows_spaces and isinstance(parts[i + 1], str):
+                parts[i + 1] = parts[i + 1].lstrip(" \t\n\v\f\r")
+        return [part for part in parts if part != ""]
+
+    def _clusters(self, text: str) -> Iterator[tuple[int, int, set[str]]]:
+        """Stretches of special texts that overlap, mostly a single one: start, end, which ones."""
+        if self._any is None:
+            longest_first = sorted(self._ids, key=len, reverse=True)
+            self._any = re.compile("|".join(map(re.escape, longest_first)))
+        search = self._any.search
+        match = search(text)
+        while match:
+            start, end = match.span()
+            found = {match[0]}
+            match = search(text, start + 1)
+            while match and match.start() < end:
+                end = max(end, match.end())
+                found.add(match[0])
+                match = search(text, match.start() + 1)
+            yield start, end, found
+
+    def _split_cluster(self, text: str, found: set[str]) -> list[str | int]:
+        if text in self._ids:
+            return [self._ids[text]]
+        found |= {longer[:n] for longer in found for n in range(1, len(longer))} & self._ids.keys()
+        parts: list[str | int] = [text]
+        for special in sorted(found, key=lambda text: (-len(text.encode()), self._ids[text])):
+            cut = [part.split(special) if isinstance(part, str) else part for part in parts]
+            parts = [*chain.from_iterable(
+                [part] if isinstance(part, int) else _between(part, self._ids[special])
+                for part in cut)]
         return parts
 
-    def _present_in(self, text: str) -> list[str]:
-        """The special texts that occur, longest first. (Asking for each of a thousand costs 0.1 s
-        per megabyte; one pattern finds the places where any begins.)"""
-        if self._any is None:
-            self._any = re.compile("|".join(map(re.escape, self._longest_first)))
-        found: set[str] = set()
-        match = self._any.search(text)
-        while match:
-            found.add(match[0])
-            match = self._any.search(text, match.start() + 1)
-        if not found:
-            return []
-        return [special for special in self._longest_first
-                if special in found or any(longer.startswith(special) for longer in found)]
 
-
-_C_SPACES = " \t\n\v\f\r"
+def _between(pieces: list[str], id: int) -> list[str | int]:
+    """["a", "", "b"], 7 -> ["a", 7, 7, "b"]"""
+    return [part for piece in pieces for part in (piece, id) if part != ""][:-1]
 
 
 # Metadata
@@ -405,6 +422,7 @@ class _Vocabulary:
             raise ModelFileError("tokenizer.ggml.tokens: expected at least one token, got none")
         types = self._numbers("token_type")
         self.types: list[int] = types[:len(self.tokens)] if types else [NORMAL] * len(self.tokens)
+        self._all_ids = dict(zip(self.tokens, range(len(self.tokens))))
         default = (1, 2) if self.string("model") == "llama" else (None, None)
         self.bos_id = self._token_id("bos_token_id", default[0])
         self.eos_id = self._token_id("eos_token_id", default[1])
@@ -453,7 +471,7 @@ class _Vocabulary:
     def _end_of_generation(self) -> frozenset[int]:
         """The ids named by the file, and those whose text says it; the latter become control
         tokens, for converters forget to mark them."""
-        ids = self.ids_by_text(of_all_types=True)
+        ids = self._all_ids
         ends = {self._token_id(f"{key}_token_id", None) for key in ("eos", "eot", "eom")}
         ends.add(self.eos_id)
         for key, texts in _END_OF_FILL.items():
@@ -478,43 +496,48 @@ class _Vocabulary:
         return wrong
 
     def _check_bytes(self) -> None:
-        for id, type in enumerate(self.types):
-            if type == BYTE and not re.fullmatch("<0x[0-9A-Fa-f]{2}>", self.tokens[id]):
+        for id in self.ids_of_type(BYTE):
+            if not re.fullmatch("<0x[0-9A-Fa-f]{2}>", self.tokens[id]):
                 raise ModelFileError(f"tokenizer.ggml.tokens[{id}]: expected a byte like <0x41>, "
                                      f"for token_type says so, got {self.tokens[id]!r}")
 
-    def ids_by_text(self, of_all_types: bool = False) -> dict[str, int]:
+    def ids_of_type(self, *types: int) -> list[int]:
+        return [id for id, type in enumerate(self.types) if type != NORMAL and type in types]
+
+    def ids_by_text(self) -> dict[str, int]:
         """The tokens that ordinary text can become: no control token may come of what a user
         typed, however it is spelt."""
-        ids = dict(zip(self.tokens, range(len(self.tokens))))
-        if not of_all_types:
-            for text, type in zip(self.tokens, self.types):
-                if type in (CONTROL, UNKNOWN, BYTE):
-                    ids.pop(text, None)
+        ids = self._all_ids.copy()
+        for id in self.ids_of_type(CONTROL, UNKNOWN, BYTE):
+            ids.pop(self.tokens[id], None)
         return ids
 
     def merge_ranks(self) -> dict[str, int]:
         """ "left right" -> its place in the list, the first if it stands there twice."""
         merges = self._strings("merges")
-        known = set(self.tokens)
-        for i, merge in enumerate(merges):
-            if merge.replace(" ", "", 1) not in known or " " not in merge:
-                raise ModelFileError(f"tokenizer.ggml.merges[{i}]: expected two pieces with a space "
-                                     f"between that make a token when joined, got {merge!r}")
+        joined = map(str.replace, merges, repeat(" "), repeat(""), repeat(1))
+        if not all(map(self._all_ids.__contains__, joined)) or \
+                not all(map(contains, merges, repeat(" "))):
+            self._report_bad_merge(merges)
         return dict(zip(reversed(merges), range(len(merges) - 1, -1, -1)))
+
+    def _report_bad_merge(self, merges: list[str]) -> None:
+        for i, merge in enumerate(merges):
+            if " " not in merge or merge.replace(" ", "", 1) not in self._all_ids:
+                raise ModelFileError(f"tokenizer.ggml.merges[{i}]: expected two pieces with a "
+                                     f"space between that join to a token, got {merge!r}")
 
     def score_ranks(self) -> dict[str, float]:
         """piece -> minus its score."""
         scores = self._numbers("scores") or [0.0] * len(self.tokens)
-        for id, score in enumerate(scores):
-            if score != score:
-                raise _wrong(f"scores[{id}]", "a number", score)
+        bad = [id for id, score in enumerate(scores) if score != score]
+        if bad:
+            raise _wrong(f"scores[{bad[0]}]", "a number", scores[bad[0]])
         return {text: -scores[id] for text, id in self.ids_by_text().items()}
 
     def byte_speller(self) -> Callable[[str], list[int]]:
         """text -> the ids of its bytes; the unknown token where the vocabulary has no bytes."""
-        of_byte = {int(self.tokens[id][3:5], 16): id
-                   for id, type in enumerate(self.types) if type == BYTE}
+        of_byte = {int(self.tokens[id][3:5], 16): id for id in self.ids_of_type(BYTE)}
         unknown = self._token_id("unknown_token_id", None)
         rest = [] if unknown is None else [unknown]
 
@@ -524,15 +547,14 @@ class _Vocabulary:
 
         return spell
 
-    def strips(self) -> dict[int, tuple[bool, bool]]:
-        """id -> whether the token swallows spaces before it, after it. GGUF has no place for that;
+    def swallows_spaces(self) -> frozenset[int]:
+        """The special tokens that take the spaces behind them along. GGUF has no place for that;
         it is known of the Phi-3 family, by the model's name."""
         name = self._metadata.get("general.name")
         if not isinstance(name, str) or not re.search("phi-?3", name, re.IGNORECASE):
-            return {}
-        return {id: (False, True) for id, (text, type) in enumerate(zip(self.tokens, self.types))
-                if text == "</s>" or type in (CONTROL, UNKNOWN, USER_DEFINED)
-                and text not in ("<unk>", "<s>", "<|endoftext|>")}
+            return frozenset()
+        return frozenset(id for id in self.ids_of_type(CONTROL, UNKNOWN, USER_DEFINED)
+                         if self.tokens[id] not in ("<unk>", "<s>", "<|endoftext|>"))
 
 
 def _wrong(key: str, expected: str, value: Any) -> ModelFileError:
