@@ -210,7 +210,7 @@ def test_when_pages_run_out_the_youngest_waits_and_goes_on_unchanged(start):
     """Three promises of 300 tokens fit into 1024 positions, three answers of 700 do not."""
     executor = FakeExecutor(n_pages=32)
     gate = Gate(executor)
-    engine = start(n_ctx=1024, executor=executor, parallel=4)
+    engine = start(n_ctx=1024, executor=executor, parallel=4, chunk=64)
     sequences = [engine.submit(prompt(44, seed=i), params=GREEDY, max_tokens=700) for i in range(3)]
     gate.go.set()
     results = [read(seq) for seq in sequences]
@@ -234,6 +234,25 @@ def test_a_preempted_sequence_can_be_cancelled(start):
     first, second = read(sequences[0]), read(sequences[1])
     assert first.ids == answer_after(prompt(44), 900) and second.reason == "cancelled"
     assert second.ids == answer_after(prompt(44, seed=1), 900)[:len(second.ids)]
+
+
+def test_cancelling_at_the_moment_of_preemption_is_not_lost(start):
+    executor = FakeExecutor(n_pages=32)
+    gate = Gate(executor)
+    engine = start(n_ctx=1024, executor=executor, parallel=2)
+    sequences = [engine.submit(prompt(44, seed=i), params=GREEDY, max_tokens=900) for i in range(2)]
+    gate.wait()
+    preempt = engine._preempt
+
+    def cancel_then_preempt(seq):
+        engine.cancel(seq)
+        preempt(seq)
+
+    engine._preempt = cancel_then_preempt
+    gate.go.set()
+    second = read(sequences[1])
+    assert second.reason == "cancelled" and sequences[0].finished is None
+    assert read(sequences[0]).ids == answer_after(prompt(44), 900)
 
 
 # Prefix reuse
@@ -275,17 +294,19 @@ def test_equal_prompt_computes_at_least_its_last_token(start, n):
     assert seq.n_cached >= (n - 1) // PAGE_TOKENS * PAGE_TOKENS
 
 
-def test_requests_of_the_same_moment_share_their_beginning(start):
+@pytest.mark.parametrize("chunk, computed_again", [(128, 0), (50, 32)])
+def test_requests_of_the_same_moment_share_their_beginning(start, chunk, computed_again):
+    """Whoever comes to its turn finds the full pages of those before it."""
     executor = FakeExecutor()
     gate = Gate(executor)
-    engine = start(executor=executor, chunk=128)
+    engine = start(executor=executor, chunk=chunk)
     sequences = [engine.submit([*prompt(128), i], params=GREEDY, max_tokens=3) for i in range(4)]
     gate.wait()
     gate.go.set()
     for i, seq in enumerate(sequences):
         assert read(seq).ids == answer_after([*prompt(128), i], 3)
-    assert engine.stats.n_prefilled_tokens == 128 + 4
-    assert [seq.n_cached for seq in sequences] == [0, 128, 128, 128]
+    assert engine.stats.n_prefilled_tokens == 128 + 4 + computed_again
+    assert [seq.n_cached for seq in sequences] == [0, 128 - computed_again, 128, 128]
 
 
 def test_least_recently_used_chat_is_forgotten_first(start):
@@ -522,6 +543,47 @@ def test_logits_wait_for_pages(start):
     assert read(talking).reason == "context"
 
 
+def test_requests_do_not_overtake_logits_that_wait_for_pages(start):
+    executor = FakeExecutor(n_pages=4)
+    gate = Gate(executor)
+    engine = start(n_ctx=128, executor=executor, parallel=2)
+    talking = engine.submit(prompt(5), params=GREEDY, max_tokens=40)
+    gate.wait()
+    caller = threading.Thread(target=engine.logits, args=(prompt(128, seed=3),))
+    caller.start()
+    with engine._wake:
+        assert engine._wake.wait_for(lambda: engine._jobs, WAIT_S)
+    later = engine.submit(prompt(7), params=GREEDY, max_tokens=3)
+    gate.go.set()
+    assert read(talking).reason == read(later).reason == "length"
+    caller.join(WAIT_S)
+    counts = [step[-1][1] for step in executor.steps]
+    assert [n for n in counts if n > 1] == [5, 64, 64, 7]
+
+
+def test_closing_ends_logits_at_the_next_step():
+    executor = FakeExecutor(max_outputs=16)
+    gate = Gate(executor)
+    engine = Engine(executor, n_ctx=512)
+    errors = []
+
+    def call():
+        with pytest.raises(Overloaded) as error:
+            engine.logits(prompt(400))
+        errors.append(error.value)
+
+    caller, closer = threading.Thread(target=call), threading.Thread(target=engine.close)
+    caller.start()
+    gate.wait()
+    closer.start()
+    with engine._wake:
+        assert engine._wake.wait_for(lambda: engine._closing, WAIT_S)
+    gate.go.set()
+    caller.join(WAIT_S)
+    closer.join(WAIT_S)
+    assert len(errors) == len(executor.steps) == 1 and not engine._thread.is_alive()
+
+
 def test_fault_in_logits_is_the_callers_alone(start):
     executor = FakeExecutor()
     engine = start(executor=executor)
@@ -547,8 +609,8 @@ def test_logits_longer_than_the_context_are_refused(start):
 # Any order of things
 
 ACTION = st.one_of(
-    st.tuples(st.just("submit"), st.integers(0, 3), st.integers(1, 120), st.integers(1, 40)),
-    st.tuples(st.just("continue"), st.integers(0, 30), st.integers(0, 40), st.integers(1, 20)),
+    st.tuples(st.just("submit"), st.integers(0, 3), st.integers(1, 120), st.integers(1, 150)),
+    st.tuples(st.just("continue"), st.integers(0, 30), st.integers(0, 40), st.integers(1, 60)),
     st.tuples(st.just("cancel"), st.integers(0, 30), st.just(0), st.just(0)),
     st.tuples(st.just("fail"), st.just(0), st.just(0), st.just(0)))
 
@@ -556,7 +618,8 @@ ACTION = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(script=st.lists(st.tuples(st.integers(0, 6), ACTION), max_size=25),
        n_pages=st.integers(6, 20), parallel=st.integers(1, 5),
-       chunk=st.sampled_from([1, 7, 32, 50, 512]), max_tokens=st.sampled_from([8, 64]), promised=st.sampled_from([0, 20, 256]))
+       chunk=st.sampled_from([1, 7, 32, 50, 512]), max_tokens=st.sampled_from([8, 64]),
+       promised=st.sampled_from([0, 20, 256]))
 def test_any_schedule_gives_right_answers_and_returns_all_pages(
         script, n_pages, parallel, chunk, max_tokens, promised):
     """Each action comes so many steps after the last, on the engine's thread, inside a step."""

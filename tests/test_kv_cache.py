@@ -60,6 +60,8 @@ def test_a_longer_prompt_finds_the_pages_of_a_shorter(n, reused):
     """What was computed is found to its last token, tail included, but for the prompt's last."""
     cache = KVCache(16)
     run(cache, ids(n))
+    assert run(cache, ids(n)) <= n - 1
+    run(cache, ids(n))
     assert run(cache, ids(n + 40)) == n
     assert run(cache, ids(n)) <= reused
 
@@ -103,6 +105,39 @@ def test_a_page_computed_twice_is_kept_once():
     assert leases[0].row[:2].tolist() == leases[1].row[:2].tolist()
     assert cache.free_pages == 14
     check_pages(cache, leases)
+
+
+def test_a_page_that_is_idle_in_the_tree_is_held_when_another_computes_it():
+    cache = KVCache(4)
+    leases = [opened(cache, ids(P))[0] for _ in range(2)]
+    for lease in leases:
+        cache.grow(lease, P)
+    cache.close(leases[0], ids(P), P)
+    cache.file(leases[1], ids(P), P)
+    check_pages(cache, leases[1:])
+    assert cache.free_pages == 3
+
+
+def test_pages_promised_to_one_are_not_given_to_another_that_outgrows_its_own():
+    cache = KVCache(4)
+    promised, _ = opened(cache, ids(10, 500), 2 * P)
+    greedy, _ = opened(cache, ids(10), P)
+    assert cache.grow(greedy, 2 * P) and not cache.grow(greedy, 2 * P + 1)
+    assert cache.grow(promised, 2 * P)
+    check_pages(cache, [promised, greedy])
+    cache.close(promised, ids(10, 500), 10)
+    assert cache.grow(greedy, 4 * P)
+
+
+def test_a_tail_used_again_is_forgotten_after_older_ones():
+    cache = KVCache(3)
+    for first in (0, 100, 0):
+        lease, _ = opened(cache, ids(10, first), reuse=False)
+        cache.grow(lease, 10)
+        cache.close(lease, ids(10, first), 10)
+    lease, _ = opened(cache, ids(1, 900), 2 * P)
+    cache.grow(lease, 2 * P)
+    assert cache.open(np.zeros(8, np.int32), ids(11), 11)[1] == 10
 
 
 def test_extend_finds_what_others_filed_since():

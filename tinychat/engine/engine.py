@@ -332,7 +332,7 @@ class Engine:
             self._running.remove(seq)
         self._cache.close(seq.lease, seq.ids, seq.n_done, keep=keep)
         self._free_slots.append(seq.slot)
-        seq.lease, seq.slot, seq.n_done = None, -1, 0
+        seq.lease, seq.slot = None, -1
 
     def _fail(self, error: TinychatError) -> None:
         """End what runs; where nothing does, the fault lies with the next that waits: end that."""

@@ -93,7 +93,7 @@ class KVCache:
 
     def extend(self, lease: Lease, ids: np.ndarray, n_done: int) -> int:
         """How many of `ids` are computed: n_done, or more if others have filed what follows."""
-        if n_done != len(lease.nodes) * PAGE_TOKENS or lease.n_pages != len(lease.nodes):
+        if lease.n_pages != len(lease.nodes):  # it has begun a page of its own
             return n_done
         for node in self._find(ids, len(lease.nodes), self._last(lease)):
             self._hold(lease, node)
