@@ -24,7 +24,7 @@ typedef void (*pool_work)(void *arg, int thread); /* thread 0 is the caller of p
 thread_pool *pool_create(int n_threads); /* NULL when the threads cannot be had */
 int pool_size(const thread_pool *pool);
 void pool_run(thread_pool *pool, pool_work work, void *arg); /* returns when every thread has returned */
-void pool_barrier(thread_pool *pool);                        /* inside pool_work: waits for all threads */
+void pool_barrier(thread_pool *pool, int thread);            /* inside pool_work: waits for all threads */
 void pool_destroy(thread_pool *pool);                        /* in a forked child it only forgets: threads do not survive a fork */
 int pool_is_ours(const thread_pool *pool);                   /* 0 in a forked child */
 

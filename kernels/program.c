@@ -186,7 +186,7 @@ static void walk(void *arg, int thread)
     runner *r = arg;
     for (const program_op *op = r->ops; op < r->ops + r->n_ops; op++) {
         if (op->barrier)
-            pool_barrier(r->pool);
+            pool_barrier(r->pool, thread);
         run_table[op->kind](r, op, thread);
     }
 }

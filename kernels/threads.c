@@ -1,8 +1,9 @@
 /* The pool: n - 1 threads and the caller meet at one barrier, before, inside and after each piece of work.
  *
- * Waiting spins briefly, since the others are usually a few microseconds behind, then sleeps: idle threads cost
- * nothing, and on a crowded machine a preempted thread gets its processor back from those that wait for it.
- */
+ * Waiting spins, since the others are usually a few microseconds behind, then sleeps. How long it spins is learnt: on
+ * a crowded machine the others are not running, and spinning keeps them from it. (Measured with SmolLM2, two threads
+ * that share one processor: 80 tokens a second with 1000 spins, 145 with 200, 175 with 50; with a processor for each: 300
+ * with 1000.) */
 #if defined(__linux__)
 #define _GNU_SOURCE
 #endif
@@ -14,12 +15,18 @@
 
 #include "kernels.h"
 
-enum { SPINS = 4000 }; /* about 20 to 50 microseconds, some times what it costs to sleep and be woken */
+enum { LEAST_SPINS = 16, MOST_SPINS = 4096 }; /* at most some 50 microseconds, a few times what a sleep costs */
 
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #endif
+
+/* How long one thread spins; each has its own. */
+typedef struct {
+    int between, inside; /* two pieces of work; one piece */
+    char padding[MEMORY_ALIGN - 2 * sizeof(int)];
+} patience;
 
 typedef struct {
     atomic_uint round;    /* counts the meetings; what sleepers sleep on */
@@ -36,7 +43,8 @@ struct thread_pool {
     void *arg;
     pid_t owner;
     int n_threads;
-    pthread_t *threads; /* (n_threads - 1) */
+    pthread_t *threads;  /* (n_threads - 1) */
+    patience *patience;  /* (n_threads) */
 };
 
 typedef struct {
@@ -81,7 +89,8 @@ static void wake_sleepers(barrier *b)
 #endif
 }
 
-static void meet(barrier *b)
+/* A spin that was in vain halves the patience, one that was not adds an eighth. */
+static void meet(barrier *b, int *spins)
 {
     if (b->n_threads == 1)
         return;
@@ -92,11 +101,14 @@ static void meet(barrier *b)
         wake_sleepers(b);
         return;
     }
-    for (int i = 0; i < SPINS; i++) {
-        if (atomic_load_explicit(&b->round, memory_order_acquire) != round)
+    for (int i = 0; i < *spins; i++) {
+        if (atomic_load_explicit(&b->round, memory_order_acquire) != round) {
+            *spins += *spins < MOST_SPINS ? *spins / 8 : 0;
             return;
+        }
         pause_briefly();
     }
+    *spins = *spins / 2 > LEAST_SPINS ? *spins / 2 : LEAST_SPINS;
     sleep_until_changed(b, round);
 }
 
@@ -104,12 +116,13 @@ static void *thread_main(void *arg)
 {
     const start s = *(start *)arg;
     free(arg);
+    patience *mine = &s.pool->patience[s.thread];
     for (;;) {
-        meet(&s.pool->barrier);
+        meet(&s.pool->barrier, &mine->between);
         if (!s.pool->work)
             return NULL;
         s.pool->work(s.pool->arg, s.thread);
-        meet(&s.pool->barrier);
+        meet(&s.pool->barrier, &mine->inside);
     }
 }
 
@@ -130,6 +143,7 @@ static void forget(thread_pool *pool)
     pthread_mutex_destroy(&pool->barrier.mutex);
     pthread_cond_destroy(&pool->barrier.changed);
     free(pool->threads);
+    free(pool->patience);
     free(pool);
 }
 
@@ -149,13 +163,18 @@ static int start_threads(thread_pool *pool)
 thread_pool *pool_create(int n_threads)
 {
     thread_pool *pool = calloc(1, sizeof *pool);
-    pthread_t *threads = calloc((size_t)n_threads, sizeof *threads);
-    if (!pool || !threads) {
+    if (!pool)
+        return NULL;
+    pool->threads = calloc((size_t)n_threads, sizeof *pool->threads);
+    pool->patience = calloc((size_t)n_threads, sizeof *pool->patience);
+    if (!pool->threads || !pool->patience) {
+        free(pool->threads);
+        free(pool->patience);
         free(pool);
-        free(threads);
         return NULL;
     }
-    pool->threads = threads;
+    for (int i = 0; i < n_threads; i++)
+        pool->patience[i] = (patience){.between = MOST_SPINS, .inside = MOST_SPINS};
     pool->n_threads = pool->barrier.n_threads = n_threads;
     pool->owner = getpid();
     pthread_mutex_init(&pool->barrier.mutex, NULL);
@@ -163,7 +182,8 @@ thread_pool *pool_create(int n_threads)
     const int n = start_threads(pool);
     if (n == n_threads)
         return pool;
-    atomic_fetch_add(&pool->barrier.arrived, n_threads - n); /* those that could not start count as waiting, so that the others can meet and end */
+    /* those that could not start count as waiting, so that the others can meet and end */
+    atomic_fetch_add(&pool->barrier.arrived, n_threads - n);
     pool->n_threads = n;
     pool_destroy(pool);
     return NULL;
@@ -173,15 +193,15 @@ int pool_size(const thread_pool *pool) { return pool->n_threads; }
 
 int pool_is_ours(const thread_pool *pool) { return pool->owner == getpid(); }
 
-void pool_barrier(thread_pool *pool) { meet(&pool->barrier); }
+void pool_barrier(thread_pool *pool, int thread) { meet(&pool->barrier, &pool->patience[thread].inside); }
 
 void pool_run(thread_pool *pool, pool_work work, void *arg)
 {
     pool->work = work;
     pool->arg = arg;
-    meet(&pool->barrier);
+    meet(&pool->barrier, &pool->patience[0].between);
     work(arg, 0);
-    meet(&pool->barrier);
+    meet(&pool->barrier, &pool->patience[0].inside);
 }
 
 void pool_destroy(thread_pool *pool)
@@ -190,7 +210,7 @@ void pool_destroy(thread_pool *pool)
         return;
     if (pool_is_ours(pool)) {
         pool->work = NULL;
-        meet(&pool->barrier);
+        meet(&pool->barrier, &pool->patience[0].between);
         for (int i = 0; i < pool->n_threads - 1; i++)
             pthread_join(pool->threads[i], NULL);
     }
