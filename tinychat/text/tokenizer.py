@@ -368,11 +368,20 @@ class _SpecialTexts:
         for start, end, found in self._clusters(text):
             parts += [text[done:start], *self._split_cluster(text[start:end], found)]
             done = end
-        parts.append(text[done:])
-        for i, id in enumerate(parts[:-1]):
-            if id in self._swallows_spaces and isinstance(parts[i + 1], str):
-                parts[i + 1] = parts[i + 1].lstrip(" \t\n\v\f\r")
-        return [part for part in parts if part != ""]
+        return self._tidy([*parts, text[done:]])
+
+    def _tidy(self, parts: list[str | int]) -> list[str | int]:
+        """Texts side by side become one, spaces that a token swallows go, and so do empty texts."""
+        tidy: list[str | int] = []
+        for part in parts:
+            if isinstance(part, str) and tidy and isinstance(tidy[-1], str):
+                tidy[-1] += part
+            else:
+                tidy.append(part)
+        for i, id in enumerate(tidy[:-1]):
+            if id in self._swallows_spaces and isinstance(tidy[i + 1], str):
+                tidy[i + 1] = tidy[i + 1].lstrip(" \t\n\v\f\r")
+        return [part for part in tidy if part != ""]
 
     def _clusters(self, text: str) -> Iterator[tuple[int, int, set[str]]]:
         """Stretches of special texts that overlap, mostly a single one: start, end, which ones."""
@@ -452,9 +461,9 @@ class _Vocabulary:
         value = self._metadata.get(f"tokenizer.ggml.{key}")
         if value is None:
             return None
-        kind = getattr(getattr(value, "dtype", None), "kind", "")
-        if kind not in ("iu" if key == "token_type" else "iuf") or kind == "":
-            raise _wrong(key, "an array of numbers", value)
+        whole = key == "token_type"
+        if getattr(getattr(value, "dtype", None), "kind", "none") not in ("iu" if whole else "iuf"):
+            raise _wrong(key, f"an array of {'whole ' if whole else ''}numbers", value)
         if len(value) < len(self.tokens):
             raise ModelFileError(f"tokenizer.ggml.{key}: expected {len(self.tokens)} numbers, one "
                                  f"for each token, got {len(value)}")
