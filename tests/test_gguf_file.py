@@ -137,7 +137,8 @@ def test_a_large_vocabulary_opens_at_once(tmp_path):
         metadata = open_gguf(path).metadata
         times.append(time.perf_counter() - start)
     assert metadata["tokenizer.ggml.tokens"][-1] == "Ġtoken149999"
-    assert metadata["tokenizer.ggml.scores"].shape == metadata["tokenizer.ggml.token_type"].shape == (n,)
+    assert metadata["tokenizer.ggml.scores"].shape == (n,)
+    assert metadata["tokenizer.ggml.token_type"].shape == (n,)
     assert min(times) < 1.0
 
 
@@ -165,7 +166,7 @@ def test_a_split_file_is_one_model(tmp_path):
 
 
 def test_opening_a_later_part_names_the_first(tmp_path):
-    with pytest.raises(ModelFileError, match="part 2 of 3; open the first, model-00001-of-00003.gguf"):
+    with pytest.raises(ModelFileError, match="part 2 of 3; open the first, model-00001"):
         open_gguf(write_split(tmp_path)[1])
 
 

@@ -16,7 +16,7 @@ KNOWN_MARKERS = (
 
 
 def reasoning_markers(template_source: str) -> tuple[str, str] | None:
-    """The pair that a template's text names; the close counts first, since it ends a finished thought.
+    """The pair that a template's text names; its close counts first, as it ends a whole thought.
 
     None: the template knows no reasoning.
     """
@@ -28,13 +28,13 @@ def held_back(text: str, markers: list[str]) -> int:
     """Length of the longest end of `text` that may begin a marker: ("a <th", ["<think>"]) -> 3"""
     longest = max(map(len, markers), default=1) - 1
     return next((n for n in range(min(longest, len(text)), 0, -1)
-                 if any(marker.startswith(text[-n:]) for marker in markers)), 0)
+                 if any(len(marker) > n and marker.startswith(text[-n:]) for marker in markers)), 0)
 
 
 class Splitter:
     """Splits one generation.
 
-    markers: what opens (empty: only the prompt does) and closes the reasoning; None: all is message.
+    markers: what opens (empty: the prompt does) and closes the reasoning; None: all is message.
     prefill: the end of the prompt; a template may have opened the reasoning there, or closed it.
     """
 
@@ -122,7 +122,7 @@ class Splitter:
         return True
 
     def _give(self, found: list, channel: str, text: str) -> None:
-        """Regions of one channel are joined by a line break; thoughts after the message not shown."""
+        """Regions of a channel are joined by a line break; thoughts after a message are hidden."""
         if not text:
             return
         if not self._begun and channel in self._shown:

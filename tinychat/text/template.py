@@ -4,6 +4,7 @@ A template that fails is an error with its line; no other form is tried behind t
 """
 import json
 import re
+from collections.abc import Iterator
 from copy import deepcopy
 from datetime import date
 from functools import cached_property
@@ -20,7 +21,7 @@ _MARKS = re.compile(f"[{MARK_OPEN}{MARK_CLOSE}]")
 _MARKED = re.compile(f"{MARK_OPEN}([^{MARK_OPEN}{MARK_CLOSE}]*){MARK_CLOSE}")
 THINKING = ("enable_thinking", "thinking")  # both names are in use
 _NEEDLE = "Needle7Haystack"
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_SPECIAL_TYPES = (2, 3, 4)  # tokenizer.ggml.token_type: unknown, control, user-defined
 
 
 def render(template: str, messages: list[dict], tools: list[dict] | None = None,
@@ -60,7 +61,7 @@ class ChatTemplate:
                    tool_use=text("tokenizer.chat_template.tool_use"),
                    bos_token=token(tokenizer.bos_id), eos_token=token(tokenizer.eos_id),
                    special=[token for token, kind in zip(tokenizer.tokens, types)
-                            if kind in (_CONTROL, _USER_DEFINED)])
+                            if kind in _SPECIAL_TYPES])
 
     def render(self, messages: list[dict], tools: list[dict] | None = None, **kwargs) -> str:
         """The prompt as text. kwargs go to the template: enable_thinking, reasoning_effort, …"""
@@ -77,7 +78,7 @@ class ChatTemplate:
 
     @cached_property
     def reasoning(self) -> dict[str, Any] | None:
-        """The contract's capability: the switch that was found by rendering, or that there is none."""
+        """The contract's capability, found by rendering with the switch on and off."""
         if self._plain.switches_thinking(self):
             default = "on" if self._plain.thinks_by_default(self) else "off"
             return {"allowed_options": ["off", "on"], "default": default}
@@ -100,26 +101,38 @@ class ChatTemplate:
 
     def pieces(self, messages: list[dict], tools: list[dict] | None = None,
                **kwargs) -> list[tuple[str, bool]]:
-        """The prompt cut into (text, is_structure); what is no structure came from outside."""
+        """The prompt cut into (text, is_structure) round control tokens that came from outside.
+
+        A piece that is no structure begins with such a text and reaches to the next real token.
+        """
         marked = _map_texts([messages, tools], self._hits.mark)
         prompt, pieces, pos = self.render(*marked, **kwargs), [], 0
         for mark in (MARK_OPEN, MARK_CLOSE):  # a template may ask `tojson` for ASCII
             prompt = prompt.replace(json.dumps(mark)[1:-1], mark)
         for match in _MARKED.finditer(prompt):
             # A template that splits at a marked tag leaves its marks round what it writes itself.
-            if match[1] in self._hits:
-                pieces += [(prompt[pos:match.start()], True), (match[1], False)]
+            if match[1] in self._hits.texts:
+                self._add_structure(pieces, prompt[pos:match.start()])
+                _add(pieces, match[1], False)
                 pos = match.end()
-        pieces.append((prompt[pos:], True))
-        pieces = [(_MARKS.sub("", text), is_structure) for text, is_structure in pieces]
-        return [piece for piece in pieces if piece[0]]
+        self._add_structure(pieces, prompt[pos:])
+        return pieces
+
+    def _add_structure(self, pieces: list[tuple[str, bool]], text: str) -> None:
+        text = _MARKS.sub("", text)
+        start, _ = next(self._hits.spans(text), (len(text), None)) if pieces else (0, None)
+        _add(pieces, text[:start], False)
+        _add(pieces, text[start:], True)
 
     def encode(self, messages: list[dict], tokenizer, tools: list[dict] | None = None,
                **kwargs) -> list[int]:
         """The prompt as token ids, BOS exactly once where the model wants one."""
         ids = []
         for text, is_structure in self.pieces(messages, tools, **kwargs):
-            ids += tokenizer.encode(text, special=is_structure)
+            if is_structure:
+                ids += tokenizer.encode(text, special=True)
+            else:  # NOTE: `encode` finds user-defined tokens in any case
+                ids += tokenizer._encode_plain(text, after_special=not ids)
         if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
             ids.insert(0, tokenizer.bos_id)
         return ids
@@ -244,6 +257,15 @@ def _map_texts(value, change):
     return value
 
 
+def _add(pieces: list[tuple[str, bool]], text: str, is_structure: bool) -> None:
+    if not text:
+        return
+    if pieces and pieces[-1][1] == is_structure:
+        pieces[-1] = pieces[-1][0] + text, is_structure
+    else:
+        pieces.append((text, is_structure))
+
+
 class _TextFinder:
     """Finds any of some thousand texts, the longest first; one alternation of them all crawls."""
 
@@ -254,19 +276,22 @@ class _TextFinder:
         starts = "|".join(re.escape(start) for start in sorted({text[:2] for text in self.texts}))
         self.starts = re.compile(starts or "(?!)")
 
-    def __contains__(self, text: str) -> bool:
-        return text in self.texts
-
-    def mark(self, text: str) -> str:
-        """`text` with the marks round each hit, and none that it brought along."""
-        text, parts, pos, done = _MARKS.sub("", text), [], 0, 0
+    def spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """(start, stop) of each hit, from left to right."""
+        pos = 0
         while match := self.starts.search(text, pos):
             start = match.start()
             stop = self._stop(text, start)
-            pos = stop or start + 1
             if stop:
-                parts += [text[done:start], MARK_OPEN, text[start:stop], MARK_CLOSE]
-                done = stop
+                yield start, stop
+            pos = stop or start + 1
+
+    def mark(self, text: str) -> str:
+        """`text` with the marks round each hit, and none that it brought along."""
+        text, parts, done = _MARKS.sub("", text), [], 0
+        for start, stop in self.spans(text):
+            parts += [text[done:start], MARK_OPEN, text[start:stop], MARK_CLOSE]
+            done = stop
         return "".join([*parts, text[done:]])
 
     def _stop(self, text: str, start: int) -> int | None:
