@@ -53,6 +53,9 @@ class ByteTokenizer:
     def encode(self, text, *, special=False):
         return ids_of(text) if special else list(text.encode())
 
+    def _encode_plain(self, text, after_special=False):
+        return list(text.encode())
+
     def decode(self, ids, *, special=True):
         return b"".join(self.token_bytes(id) for id in ids
                         if special or not self.is_control(id)).decode("utf-8", "replace")

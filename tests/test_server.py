@@ -9,6 +9,7 @@ from contract_checker import check_error, check_models, check_response, check_st
 from helpers_chat import KEY, WAIT_S, Client, ScriptedEntry, ScriptedLibrary, reasoning_entry, says
 
 from tinychat.errors import TinychatError
+from tinychat.library import Library
 from tinychat.server import make_server
 from tinychat.store import Store
 
@@ -514,6 +515,54 @@ def test_closing_the_server_ends_idle_and_running_connections_within_its_bound(r
 def test_a_taken_port_is_a_clear_error(serve):
     with pytest.raises(TinychatError, match="cannot listen on"):
         make_server(None, None, port=serve().server.port)
+
+
+# ---- the real model
+
+# Without a system prompt "L" and "The" are 0.08 apart in the first logits of this file, less than what the
+# quantized activations of any integer kernel change, and the answer that begins with "L" is nonsense.
+QUESTION = {"system_prompt": "You are a helpful assistant.", "input": "What is the capital of France?",
+            "temperature": 0, "max_output_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path, tmp_path_factory):
+    """A library with the real model, not loaded yet, and its key."""
+    with Library(home=tmp_path_factory.mktemp("home"), extra=[smollm2_path], default_context_length=512,
+                 parallel=2) as library:
+        entry, = library.list()
+        yield library, entry.key
+
+
+def test_the_real_model_answers_streamed_and_not_with_the_same_words(serve, smollm2):
+    """C-044, C-053, C-054, C-058, C-061, C-084, C-127."""
+    library, key = smollm2
+    client = serve(library=library)
+    streamed = client.stream(**QUESTION, model=key)
+    assert ("model_load.end" in dict(streamed)) == ("model_load.start" in dict(streamed))
+    result = streamed[-1][1]["result"]
+    whole = client.chat(**QUESTION, model=key, store=False)
+    assert whole["output"] == result["output"]
+    assert "Paris" in whole["output"][0]["content"]
+    assert whole["stats"]["input_tokens"] == result["stats"]["input_tokens"] > 10
+    assert "model_load_time_seconds" not in whole["stats"]
+    listed = json.loads(client.request("GET", MODELS)[2])
+    assert check_models(listed) == [] and listed["models"][0]["loaded_instances"][0]["id"] == key
+
+
+def test_the_real_model_reuses_what_a_continued_chat_has_in_common(serve, smollm2):
+    """C-086: a second turn prefills only what is new."""
+    library, key = smollm2
+    client = serve(library=library)
+    long = "Remember the word plum. " * 12
+    first = client.chat(long, model=key, temperature=0, max_output_tokens=4)
+    engine = library.loaded(key).engine
+    before = engine.stats.n_prefilled_tokens
+    second = client.chat("Which word?", model=key, temperature=0, max_output_tokens=4,
+                         previous_response_id=first["response_id"])
+    n_input = second["stats"]["input_tokens"]
+    assert n_input > first["stats"]["input_tokens"] > 64
+    assert engine.stats.n_prefilled_tokens - before < 64
 
 
 # ---- origins

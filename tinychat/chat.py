@@ -42,7 +42,7 @@ def run(library: Library, store: Store, request: ChatRequest,
         settings: ChatSettings = ChatSettings()) -> Iterator[dict | None]:
     """The events of one request. Closing the generator cancels what runs.
 
-    Raises: TinychatError before the first event; later failures are an `error` event and `chat.end`.
+    Raises: TinychatError before the first event; later failures are an `error` event, then `chat.end`.
     """
     entry = _find_model(library, request)
     turns = _thread(store, request)
@@ -180,14 +180,6 @@ class Output:
         return [{"type": "message.start"}, {"type": "message.end"}]
 
 
-def _next_of(news: queue.SimpleQueue, wait_s: float) -> float | None:
-    """The next progress of a load, None at its end; 0.0 when there was none in time."""
-    try:
-        return news.get(timeout=wait_s)
-    except queue.Empty:
-        return 0.0
-
-
 @dataclass
 class Stats:
     """The figures of one request; times are time.perf_counter() seconds."""
@@ -200,7 +192,7 @@ class Stats:
     first_token: float = 0.0
     last_token: float = 0.0
     load_time_s: float | None = None
-    n_held: int = 0          # tokens since the last piece of reasoning: more of it, or its end marker
+    n_held: int = 0      # tokens since the last piece of reasoning: more of it, or its end marker
     in_reasoning: bool = False
 
     def token(self, t: float):
@@ -315,7 +307,7 @@ class _Chat:
     def _load_into(self, loading: Future, news: queue.SimpleQueue):
         try:
             loading.set_result(self._acquire(news.put))
-        except Exception as error:
+        except BaseException as error:  # the other thread would wait for ever
             loading.set_exception(error)
         finally:
             news.put(None)
@@ -328,7 +320,10 @@ class _Chat:
     # -- generating
 
     def _submit(self):
-        """Renders, encodes and queues the prompt. Raises: ContextOverflow, Overloaded, TemplateError."""
+        """Renders, encodes and queues the prompt.
+
+        Raises: ContextOverflow, Overloaded, TemplateError.
+        """
         model, request = self.model, self.request
         ids = model.template.encode(self.messages, model.tokenizer, **self._template_switches())
         self.stats.n_input = len(ids)
@@ -385,7 +380,9 @@ class _Chat:
     def _token(self, id: int) -> list[dict]:
         """The events of one token. Control tokens show only where they mark reasoning."""
         tokenizer, markers = self.model.tokenizer, (self.splitter.open, self.splitter.close)
-        if id in tokenizer.eog_ids or (tokenizer.is_control(id) and tokenizer.decode([id]) not in markers):
+        if id in tokenizer.eog_ids:
+            return []
+        if tokenizer.is_control(id) and tokenizer.decode([id]) not in markers:
             return []
         return self._show(self.splitter.feed(self.decoder.feed(id)))
 
@@ -435,3 +432,11 @@ class _Chat:
                  "%.2f s, %s", self.entry.key, stats.n_input, self.sequence.n_cached,
                  prefilled / prefill_s if stats.prompt_done else 0.0, stats.n_output,
                  stats.decode_rate, now - self.began, self.ending)
+
+
+def _next_of(news: queue.SimpleQueue, wait_s: float) -> float | None:
+    """The next progress of a load, None at its end; 0.0 when there was none in time."""
+    try:
+        return news.get(timeout=wait_s)
+    except queue.Empty:
+        return 0.0

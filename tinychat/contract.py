@@ -199,7 +199,8 @@ def choice(options: tuple[str, ...]) -> Check:
 
 def number(low: float, high: float, *, above: bool = False) -> Check:
     """A finite number from `low` to `high`; with `above`, `low` itself is outside."""
-    expected = f"a number {'above' if above else 'from'} {low:g} {'and at most' if above else 'to'} {high:g}"
+    expected = (f"a number above {low:g} and at most {high:g}" if above
+                else f"a number from {low:g} to {high:g}")
 
     def check(path: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -212,7 +213,8 @@ def number(low: float, high: float, *, above: bool = False) -> Check:
 
 def integer(low: int, high: int | None = None) -> Check:
     """A whole number, `8000.0` too, of at least `low`; without `high` it is capped at MAX_COUNT."""
-    expected = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    expected = (f"an integer of at least {low}" if high is None
+                else f"an integer from {low} to {high}")
 
     def check(path: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -345,7 +347,8 @@ def _check_image(path: str, data: bytes):
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             image.verify()
     except Exception:  # Pillow has a dozen kinds of error for a broken image, bombs among them
-        raise wrong_value(path, f"an image ({', '.join(IMAGE_FORMATS)}) that can be decoded") from None
+        kinds = ", ".join(IMAGE_FORMATS)
+        raise wrong_value(path, f"an image ({kinds}) that can be decoded") from None
 
 
 def _integrations(path: str, value: Any) -> tuple[Plugin | EphemeralServer, ...]:

@@ -52,7 +52,8 @@ CHAIN = """
     WITH RECURSIVE chain (id, depth) AS (
         SELECT ?, 0
         UNION ALL
-        SELECT parent_id, depth + 1 FROM responses JOIN chain USING (id) WHERE parent_id IS NOT NULL)
+        SELECT parent_id, depth + 1 FROM responses JOIN chain USING (id)
+        WHERE parent_id IS NOT NULL)
     SELECT chain.id, parent_id, system_prompt, model, input, output
     FROM chain LEFT JOIN responses USING (id) ORDER BY depth DESC"""
 

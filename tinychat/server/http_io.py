@@ -46,7 +46,7 @@ def too_large(what: str) -> InvalidRequest:
 
 
 class Wire:
-    """A connection's bytes: buffered reads with deadlines (time.monotonic), writes with a timeout."""
+    """A connection's bytes: buffered reads with deadlines (time.monotonic), timed writes."""
 
     def __init__(self, sock: socket.socket, *, read_timeout_s: float, write_timeout_s: float):
         self.sock = sock
@@ -56,7 +56,7 @@ class Wire:
         self._watch.register(sock, selectors.EVENT_READ)
 
     def line(self, limit: int, deadline: float) -> bytes:
-        """Up to the next line end, without it. Raises: Disconnected, InvalidRequest when too long."""
+        """Up to the next line end, without it. Raises: Disconnected; InvalidRequest, too long."""
         searched = 0
         while (end := self._buffer.find(b"\n", searched)) < 0 and len(self._buffer) <= limit:
             searched = len(self._buffer)
@@ -149,7 +149,8 @@ class Request:
 
     @property
     def keep_alive(self) -> bool:
-        options = {option.strip() for option in self.headers.get("connection", "").lower().split(",")}
+        said = self.headers.get("connection", "").lower().split(",")
+        options = {option.strip() for option in said}
         return "close" not in options if self.version == "HTTP/1.1" else "keep-alive" in options
 
 
@@ -177,7 +178,7 @@ class Body:
         return data
 
     def discard(self):
-        """Reads a small unwanted body away; one that is large, announced or broken stays, unconsumed."""
+        """Reads a small unwanted body away; one that is large, announced or broken stays."""
         small = self.length is None or self.length <= DISCARD_BYTES
         if self.consumed or self._begun or self._expects_continue or not small:
             return
@@ -281,7 +282,7 @@ def _path(target: str) -> str:
 
 
 def head(status: int, reason: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    """An answer's head. No value may hold a line end; all of ours are our own, and this makes sure."""
+    """An answer's head. Nothing from outside gets into it; that no line ends early is checked."""
     lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in headers)]
     if any("\r" in line or "\n" in line for line in lines):
         raise ValueError("a header with a line end")
