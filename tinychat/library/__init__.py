@@ -249,11 +249,12 @@ class Library:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: loading.done or loading.progress > told)
-                told, done = loading.progress, loading.done
-            if progress:
-                progress(told)
-            if loading.error:
-                raise loading.error
+                part, done, error = loading.progress, loading.done, loading.error
+            if error:
+                raise error
+            if progress and part > told:
+                progress(part)
+            told = part
             if done:
                 return
 
