@@ -6,7 +6,7 @@ from datetime import date
 
 import pytest
 
-from tinychat.errors import TemplateError
+from tinychat.errors import InvalidRequest, TemplateError
 from tinychat.text import sandbox
 from tinychat.text.template import MARK_CLOSE, MARK_OPEN, ChatTemplate, render
 
@@ -148,6 +148,14 @@ def test_reasoning_is_offered_as_the_template_allows_it():
     assert ChatTemplate(None).reasoning is None
 
 
+@pytest.mark.parametrize(("messages", "tools"), [
+    (["hi"], None), ([{"content": "hi"}], None), ([{"role": 1}], None), (USER, ["now"]),
+    (USER, [{"name": "now"}])])
+def test_what_is_no_message_or_tool_is_refused(messages, tools):
+    with pytest.raises(InvalidRequest, match="expected a (message|tool) with a"):
+        render(CHATML, messages, tools)
+
+
 def test_template_switches_reach_the_template():
     assert render("{{ reasoning_effort }}{{ x }}{{ add_generation_prompt }}", USER,
                   reasoning_effort="low", x=1, add_generation_prompt=False) == "low1False"
@@ -282,6 +290,16 @@ def test_a_template_that_runs_for_long_is_stopped(source, monkeypatch):
     with pytest.raises(TemplateError, match="still running after 0.05 seconds"):
         render(source, USER)
     assert time.monotonic() - start < 10
+
+
+def test_messages_nested_too_deeply_are_an_error():
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    template = ChatTemplate(CHATML, special=["<|im_end|>"])
+    for render_deep in (template.render, template.pieces):
+        with pytest.raises(TemplateError, match="nested too deeply"):
+            render_deep([{**USER[0], "extra": deep}])
 
 
 def test_a_long_conversation_is_no_runaway():

@@ -5,14 +5,13 @@ A template that fails is an error with its line; no other form is tried behind t
 import json
 import re
 from collections.abc import Iterator
-from copy import deepcopy
 from datetime import date
 from functools import cached_property
 from typing import Any
 
 import jinja2
 
-from tinychat.errors import TemplateError
+from tinychat.errors import InvalidRequest, TemplateError
 from tinychat.text import sandbox, split
 
 # Round control tokens that a stranger wrote into a text; dropped where they come in from outside.
@@ -87,17 +86,18 @@ class ChatTemplate:
     def context(self, program: "_Program", messages: list[dict], tools: list[dict] | None,
                 kwargs: dict) -> dict[str, Any]:
         """The variables a template sees: copies, since it may change lists."""
-        context = {"messages": messages, "add_generation_prompt": True, "bos_token": self.bos_token,
-                   "eos_token": self.eos_token, "date_string": date.today().strftime("%d %b %Y"),
+        context = {"messages": _copied(messages), "add_generation_prompt": True,
+                   "bos_token": self.bos_token, "eos_token": self.eos_token,
+                   "date_string": date.today().strftime("%d %b %Y"),
                    "datetime": date.today().strftime("%b %d %Y")}
         if tools:  # three templates fail on none
-            context["tools"] = [_whole_tool(tool) for tool in tools]
+            context["tools"] = [_whole_tool(tool) for tool in _copied(tools)]
             context["functions"] = json.dumps(context["tools"], ensure_ascii=False, indent=4)
-        context.update(kwargs)
+        context.update(_copied(kwargs))
         asked = [kwargs[name] for name in THINKING if kwargs.get(name) is not None]
         thinking = asked[0] if asked else program.thinks_by_default(self)
         context.update({name: thinking for name in THINKING if kwargs.get(name) is None})
-        return deepcopy(context)
+        return context
 
     def pieces(self, messages: list[dict], tools: list[dict] | None = None,
                **kwargs) -> list[tuple[str, bool]]:
@@ -105,7 +105,7 @@ class ChatTemplate:
 
         A piece that is no structure begins with such a text and reaches to the next real token.
         """
-        marked = _map_texts([messages, tools], self._hits.mark)
+        marked = _copied([messages, tools], self._hits.mark)
         prompt, pieces, pos = self.render(*marked, **kwargs), [], 0
         for mark in (MARK_OPEN, MARK_CLOSE):  # a template may ask `tojson` for ASCII
             prompt = prompt.replace(json.dumps(mark)[1:-1], mark)
@@ -185,8 +185,8 @@ class _Program:
     def switches_thinking(self, owner: ChatTemplate) -> bool:
         """Does the switch change the prompt?"""
         if self._switches is None:
-            off = owner.context(self, [{"role": "user", "content": "Hello"}], None,
-                                dict.fromkeys(THINKING, False))
+            chat = [{"role": "user", "content": "Hello"}]
+            off = owner.context(self, chat, None, dict.fromkeys(THINKING, False))
             on = off | dict.fromkeys(THINKING, True)
             plain = {name: value for name, value in off.items() if name not in THINKING}
             try:
@@ -208,7 +208,7 @@ def _template_error(error: Exception) -> TemplateError:
     if isinstance(error, sandbox.Refusal):
         return TemplateError(f"{where} refuses this conversation: {error}")
     if isinstance(error, RecursionError):
-        return TemplateError(f"{where}: endless recursion")
+        return TemplateError(f"{where}: recursion without end, or nesting too deep")
     kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
     return TemplateError(f"{where}: {kind}{error}")
 
@@ -217,6 +217,9 @@ def _template_error(error: Exception) -> TemplateError:
 
 def _neutral(message: dict) -> dict:
     """Content is never missing, and reasoning has all of its three names."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise InvalidRequest(f"expected a message with a role, got {str(message):.100}",
+                             param="messages")
     message = {**message, "content": "" if message.get("content") is None else message["content"]}
     reasoning = message.get("reasoning_content")
     if reasoning is not None:
@@ -226,6 +229,8 @@ def _neutral(message: dict) -> dict:
 
 def _whole_tool(tool: dict) -> dict:
     """Ten templates fail without a description or parameters."""
+    if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
+        raise InvalidRequest(f"expected a tool with a function, got {str(tool):.100}", param="tools")
     function = {"description": "", "parameters": {"type": "object", "properties": {}},
                 **tool["function"]}
     return {**tool, "function": function}
@@ -244,10 +249,15 @@ def _system_into_user(messages: list[dict]) -> list[dict]:
     return [*rest[:first], {**rest[first], "content": content}, *rest[first + 1:]]
 
 
-# Text from outside is never structure
+def _copied(value, change=str):
+    """A copy of JSON-like data with each text in it changed, names of properties too."""
+    try:
+        return _map_texts(value, change)
+    except RecursionError:
+        raise TemplateError("messages or tools are nested too deeply for a chat template") from None
+
 
 def _map_texts(value, change):
-    """A copy of JSON-like data with each text in it changed, names of properties too."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -256,6 +266,8 @@ def _map_texts(value, change):
         return [_map_texts(item, change) for item in value]
     return value
 
+
+# Text from outside is never structure
 
 def _add(pieces: list[tuple[str, bool]], text: str, is_structure: bool) -> None:
     if not text:
