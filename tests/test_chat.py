@@ -179,6 +179,16 @@ def test_a_system_prompt_stays_is_replaced_or_removed(chat_of):
     assert "system" not in chat.prompt(previous_response_id=removed)
 
 
+def test_another_model_continues_a_chat_with_its_own_template(chat_of):
+    """C-094."""
+    chat = chat_of(says("ok"), entries=[ScriptedEntry(), reasoning_entry(key="test/other")])
+    first = chat.ask("root")["response_id"]
+    second = chat.ask("more", model="test/other", previous_response_id=first, reasoning="off")
+    assert second["model_instance_id"] == "test/other"
+    prompt = chat.library.models["test/other"].engine.prompts[-1]
+    assert "root" in prompt and prompt.endswith("</think>\n\n")
+
+
 def test_store_false_gives_no_id(chat_of):
     """C-085."""
     assert "response_id" not in chat_of(says("x")).ask(store=False)

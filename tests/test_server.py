@@ -7,10 +7,13 @@ import time
 import pytest
 from contract_checker import check_error, check_models, check_response, check_stream, parse_sse
 from helpers_chat import KEY, WAIT_S, Client, ScriptedEntry, ScriptedLibrary, reasoning_entry, says
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tinychat.errors import TinychatError
 from tinychat.library import Library
 from tinychat.server import make_server
+from tinychat.server.http_io import Disconnected, Wire, read_request
 from tinychat.store import Store
 
 CHAT, MODELS = "/api/v1/chat", "/api/v1/models"
@@ -226,6 +229,30 @@ def test_100_continue_comes_before_the_body(serve, raw):
                             b"Content-Length: %d\r\nExpect: 100-continue\r\n\r\n" % len(BODY))
     assert two.head()[0] == 100
     assert two.send(BODY).answer()[0] == 200
+
+
+HTTP_PIECES = [b"GET ", b"POST ", b"/ ", b"HTTP/1.1", b"HTTP/1.0", b"\r\n", b"\n", b"\r", b"\0", b": ", b" ",
+               b"Content-Length: ", b"Transfer-Encoding: chunked", b"Expect: 100-continue", b"5", b"abc", b"0\r\n\r\n"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(HTTP_PIECES) | st.binary(max_size=4), max_size=20).map(b"".join))
+def test_any_bytes_are_a_request_or_a_contract_error_or_a_hang_up(data):
+    ours, theirs = socket.socketpair()
+    wire = Wire(ours, read_timeout_s=WAIT_S, write_timeout_s=WAIT_S)
+    try:
+        theirs.sendall(data)
+        theirs.shutdown(socket.SHUT_WR)
+        request = read_request(wire, head_timeout_s=WAIT_S, body_timeout_s=WAIT_S)
+        assert request.path.startswith("/") and len(request.body.read(1000)) <= 1000
+    except Disconnected:
+        pass
+    except TinychatError as error:
+        assert error.code in ("invalid_value", "request_too_large")
+        assert check_error({"error": error.to_json()}) == []
+    finally:
+        wire.close(linger=False)
+        theirs.close()
 
 
 @pytest.mark.parametrize("head, status", [
@@ -461,7 +488,7 @@ def test_a_client_that_leaves_stops_the_generation(serve, raw, stream):
     while not engine.submitted and time.monotonic() < deadline:
         threading.Event().wait(0.01)
     one.close()
-    assert engine.submitted[0].cancelled.wait(1.0)
+    assert engine.submitted[0].cancelled.wait(WAIT_S)
     assert client.library.wait_idle()
     assert client.store._db.execute("SELECT count(*) FROM responses").fetchone() == (0,)
 
@@ -503,7 +530,7 @@ def test_closing_the_server_ends_idle_and_running_connections_within_its_bound(r
     busy.head()
     began = time.monotonic()
     server.close()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < WAIT_S
     assert idle.ended() and not server._connections
     assert library.wait_idle()
     with pytest.raises(OSError):

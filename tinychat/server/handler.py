@@ -50,7 +50,7 @@ class ServerSettings:
     cors: bool = False
     max_body_bytes: int = 67_108_864
     sse_keepalive_seconds: float = 15.0   # 0: no comments
-    max_connections: int = 256
+    max_connections: int = 512
     idle_timeout_s: float = 75.0          # between two requests of a connection
     head_timeout_s: float = 20.0          # for a whole request line with its headers
     body_timeout_s: float = 300.0         # for a whole body
