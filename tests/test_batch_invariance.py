@@ -126,7 +126,7 @@ def test_real_model_draws_the_same_with_a_seed(smollm2):
 
 
 def test_real_model_goes_on_unchanged_after_making_room(smollm2_path, monkeypatch):
-    monkeypatch.setattr("tinychat.engine.engine.PROMISED_TOKENS", 0)
+    monkeypatch.setattr("tinychat.engine.stepper.PROMISED_TOKENS", 0)
     executor = native(smollm2_path, n_pages=8, max_tokens=64)
     prompts = prompts_of(executor, (40, 50, 60))
     alone = [answers(executor, [ids], 100, n_ctx=256)[0][0] for ids in prompts]

@@ -34,7 +34,7 @@ def start():
         assert engine.close()
         assert engine.stats.running == engine.stats.waiting == 0
         assert engine.stats.free_pages == engine.stats.n_pages
-        check_pages(engine._cache, [])
+        check_pages(engine._stepper.cache, [])
 
 
 def prompt(n: int, seed: int = 0) -> list[int]:
@@ -242,13 +242,13 @@ def test_cancelling_at_the_moment_of_preemption_is_not_lost(start):
     engine = start(n_ctx=1024, executor=executor, parallel=2)
     sequences = [engine.submit(prompt(44, seed=i), params=GREEDY, max_tokens=900) for i in range(2)]
     gate.wait()
-    preempt = engine._preempt
+    preempt = engine._stepper._preempt
 
-    def cancel_then_preempt(seq):
-        engine.cancel(seq)
-        preempt(seq)
+    def cancel_then_preempt():
+        engine.cancel(engine._stepper.running[-1])
+        return preempt()
 
-    engine._preempt = cancel_then_preempt
+    engine._stepper._preempt = cancel_then_preempt
     gate.go.set()
     second = read(sequences[1])
     assert second.reason == "cancelled" and sequences[0].finished is None
@@ -623,7 +623,7 @@ ACTION = st.one_of(
 def test_any_schedule_gives_right_answers_and_returns_all_pages(
         script, n_pages, parallel, chunk, max_tokens, promised):
     """Each action comes so many steps after the last, on the engine's thread, inside a step."""
-    with unittest.mock.patch("tinychat.engine.engine.PROMISED_TOKENS", promised):
+    with unittest.mock.patch("tinychat.engine.stepper.PROMISED_TOKENS", promised):
         run_script(script, n_pages, parallel, chunk, max_tokens)
 
 
@@ -651,7 +651,7 @@ def run_script(script, n_pages, parallel, chunk, max_tokens):
     due = [todo[-1][0] if todo else 0]
 
     def before_step(batch):
-        check_pages(engine._cache, [seq.lease for seq in engine._running])
+        check_pages(engine._stepper.cache, [seq.lease for seq in engine._stepper.running])
         due[0] -= 1
         while todo and due[0] <= 0:
             _, action = todo.pop()
@@ -674,4 +674,4 @@ def run_script(script, n_pages, parallel, chunk, max_tokens):
     finally:
         assert engine.close()
     assert engine.stats.free_pages == n_pages
-    check_pages(engine._cache, [])
+    check_pages(engine._stepper.cache, [])

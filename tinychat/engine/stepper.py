@@ -1,0 +1,200 @@
+"""The sequences that run on one executor: their slots and pages, the steps, the tokens they get.
+
+Belongs to one thread; nothing here locks.
+"""
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from tinychat.engine.kv_cache import KVCache
+from tinychat.engine.scheduler import StepArrays, Work, plan_step
+from tinychat.engine.sequence import (
+    Finished, PromptDone, PromptProgress, PromptStarted, Sequence, Token)
+from tinychat.errors import InvalidRequest, TinychatError
+from tinychat.ops.program import PAGE_TOKENS
+
+log = logging.getLogger(__name__)
+
+PROMISED_TOKENS = 256  # a sequence starts when there are pages for its prompt and this much answer
+
+
+class Stepper:
+    """Starts sequences, plans and runs steps, ends sequences.
+
+    Pages are promised for the tokens that a sequence has and PROMISED_TOKENS more, and taken as they
+    come after that. When none is left, the youngest makes room: it loses its pages, not its tokens,
+    and started again it goes on as if nothing had happened.
+
+    running: in order of arrival. The counters count since the start; tokens computed again count as
+    prefilled, reused ones do not.
+    Raises: InvalidRequest when the executor is too small.
+    """
+
+    def __init__(self, executor, *, n_ctx: int, parallel: int, chunk: int):
+        _check_limits(executor, n_ctx=n_ctx, parallel=parallel, chunk=chunk)
+        self.executor = executor
+        self.cache = KVCache(executor.n_pages)
+        self.running: list[Sequence] = []
+        self.n_prefilled = self.n_reused = self.n_generated = self.n_steps = self.n_preempted = 0
+        self._chunk = min(chunk, executor.max_tokens)
+        self._arrays = StepArrays(max_tokens=executor.max_tokens, n_slots=parallel + 1, n_ctx=n_ctx)
+        self._free_slots = list(range(parallel))
+        self._spare_slot = parallel  # for logits()
+
+    def start(self, seq: Sequence) -> bool:
+        """Let a sequence run; False while there is no slot or there are not enough pages."""
+        if not self._free_slots:
+            return False
+        n_positions = min(seq.n_tokens + PROMISED_TOKENS, len(seq.ids) - 1)  # the last has no keys
+        opened = self.cache.open(self._arrays.pages[self._free_slots[-1]],
+                                 seq.ids[:seq.n_tokens], n_positions)
+        if opened is None:
+            return False
+        seq.lease, seq.n_done = opened
+        seq.slot = self._free_slots.pop()
+        self.running.append(seq)
+        if not seq.preempted:
+            seq.n_cached = seq.n_done
+            seq.t_started = time.perf_counter()
+            seq.put(PromptStarted())
+        return True
+
+    def end(self, seq: Sequence, reason: str, error: TinychatError | None = None) -> None:
+        """What the sequence computed stays for whoever goes on; after a fault nothing idle does."""
+        self._stop(seq, keep=error is None)
+        if error is not None:
+            self.cache.clear()
+        _log_end(seq, reason)
+        seq.finish(Finished(reason, error))
+
+    def plan(self) -> tuple[Work, list[Sequence]]:
+        """The next step's work, its pages taken; and those that made room, youngest first."""
+        for seq in self.running:
+            if not seq.generating:
+                self._reuse_more(seq)
+        work = plan_step(self.running, max_tokens=self.executor.max_tokens, chunk=self._chunk)
+        preempted = []
+        for seq, n in work:
+            while seq.lease and not self.cache.grow(seq.lease, seq.n_done + n):
+                preempted.append(self._preempt())  # the oldest never: alone it fits
+        return [(seq, n) for seq, n in work if seq.lease], preempted
+
+    def run(self, work: Work) -> None:
+        """One step of the executor, and all that follows. Raises: whatever the executor does."""
+        logits = self.executor.step(self._arrays.fill(work))
+        now = time.perf_counter()
+        self.n_steps += 1
+        row = 0
+        for seq, n in work:
+            if self._advance(seq, n, now):
+                self._sample(seq, logits[row], now)
+                row += 1
+
+    def logits(self, seq: Sequence, between_steps: Callable[[], None]) -> np.ndarray | None:
+        """float32 (n_prompt, n_vocab) of a sequence that does not run; None for want of pages.
+
+        between_steps: called before each step; may raise.
+        """
+        seq.slot = self._spare_slot
+        opened = self.cache.open(self._arrays.pages[seq.slot], seq.ids, seq.n_prompt, reuse=False)
+        if opened is None:
+            return None
+        seq.lease, seq.n_done = opened
+        try:
+            self.cache.grow(seq.lease, seq.n_prompt)
+            return self._all_logits(seq, between_steps)
+        finally:
+            self.cache.close(seq.lease, seq.ids, seq.n_done, keep=False)
+
+    def _all_logits(self, seq: Sequence, between_steps: Callable[[], None]) -> np.ndarray:
+        out = np.empty((seq.n_prompt, self.executor.program.n_vocab), np.float32)
+        while seq.n_pending:
+            between_steps()
+            n = min(seq.n_pending, self._chunk, self.executor.max_outputs)
+            batch = self._arrays.fill([(seq, n)], all_rows=True)
+            out[seq.n_done:seq.n_done + n] = self.executor.step(batch)
+            seq.n_done += n
+        return out
+
+    def _reuse_more(self, seq: Sequence) -> None:
+        """Skip what a sequence with the same beginning has computed since this one was started."""
+        n_done = self.cache.extend(seq.lease, seq.ids[:seq.n_tokens], seq.n_done)
+        if not seq.preempted:
+            seq.n_cached += n_done - seq.n_done
+        seq.n_done = n_done
+
+    def _preempt(self) -> Sequence:
+        seq = self.running[-1]
+        log.debug("sequence %d makes room", seq.id)
+        self.n_preempted += 1
+        seq.preempted = True
+        self._stop(seq, keep=True)
+        return seq
+
+    def _stop(self, seq: Sequence, *, keep: bool) -> None:
+        self.running.remove(seq)
+        self.cache.close(seq.lease, seq.ids, seq.n_done, keep=keep)
+        self._free_slots.append(seq.slot)
+        seq.lease, seq.slot = None, -1
+
+    def _advance(self, seq: Sequence, n: int, now: float) -> bool:
+        """Account for `n` tokens computed; whether the step has logits for the sequence."""
+        was_generating = seq.generating
+        seq.n_done += n
+        if seq.n_done % PAGE_TOKENS < n:  # a page is full
+            self.cache.file(seq.lease, seq.ids, seq.n_done)
+        if was_generating:
+            return True
+        self.n_prefilled += n
+        if not seq.n_generated:
+            self._tell_progress(seq, now)
+        return seq.n_pending == 0
+
+    def _tell_progress(self, seq: Sequence, now: float) -> None:
+        if seq.n_pending:
+            seq.put(PromptProgress(seq.n_done, seq.n_prompt))
+            return
+        self.n_reused += seq.n_cached
+        seq.t_prompt_done = now
+        seq.put(PromptDone(now))
+
+    def _sample(self, seq: Sequence, logits: np.ndarray, now: float) -> None:
+        try:
+            id = seq.sampler.next(self.executor, logits, seq.recent_ids())
+        except TinychatError as error:  # its own numbers are broken, the others' are not
+            self.end(seq, "error", error)
+            return
+        self.n_generated += 1
+        reason = seq.append(id)
+        seq.put(Token(id, now))
+        if reason:
+            self.end(seq, reason)
+
+
+def _check_limits(executor, *, n_ctx: int, parallel: int, chunk: int) -> None:
+    n_positions = executor.n_pages * PAGE_TOKENS
+    if not 1 < n_ctx <= n_positions:
+        raise InvalidRequest(f"expected a context length from 2 to {n_positions}, which the KV "
+                             f"pages hold, got {n_ctx}", param="context_length")
+    most = min(executor.max_tokens, executor.max_outputs, executor.max_sequences - 1)
+    if not 1 <= parallel <= most:
+        raise InvalidRequest(f"expected from 1 to {most} parallel requests, got {parallel}",
+                             param="parallel")
+    if chunk < 1:
+        raise InvalidRequest(f"expected a chunk of at least 1 token, got {chunk}", param="chunk")
+
+
+def _log_end(seq: Sequence, reason: str) -> None:
+    """One line per sequence, without its contents."""
+    end = time.perf_counter()
+    prompt_s, answer_s = seq.t_prompt_done - seq.t_started, end - seq.t_prompt_done
+    log.info("sequence %d: %d tokens in, %d cached, prefill %.1f tok/s, %d out, decode %.1f tok/s, "
+             "%.2f s, %s", seq.id, seq.n_prompt, seq.n_cached,
+             _rate(seq.n_prompt - seq.n_cached, prompt_s), seq.n_generated,
+             _rate(seq.n_generated, answer_s), end - seq.t_submitted, reason)
+
+
+def _rate(n: int, seconds: float) -> float:
+    return n / seconds if n and seconds > 0 else 0.0
