@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from tinychat import _kernels
-from tinychat.errors import KernelError
+from tinychat.errors import KernelError, ModelLoadError
 from tinychat.gguf_file import GGMLQuantizationType, QTensor
-from tinychat.ops.program import PAGE_TOKENS, Batch, Buffer, Op, Program, Rope, plan_slots
+from tinychat.ops.program import PAGE_TOKENS, Batch, Buffer, Heads, Op, Program, Rope, plan_slots
 from tinychat.ops.reference import dequantize
 
 assert _kernels.page_tokens == PAGE_TOKENS, "the kernels were built for another size of page"
@@ -238,6 +238,13 @@ def _aligned(n_rows: int, stride: int) -> np.ndarray:
     return memory[begin:begin + n_rows * stride].reshape(n_rows, stride)
 
 
+def _check_size(kv: tuple[Heads, ...], n_pages: int, slots: list[tuple[int, bool]], n_rows: int) -> None:
+    """Raises MemoryError where the kernels' own arithmetic could overflow."""
+    page = sum(h.n_head_kv * (h.key_length + h.value_length + _kernels.row_floats) for h in kv) * PAGE_TOKENS
+    if 4 * max(n_pages * page, n_rows * sum(stride for stride, _ in slots)) >= 1 << 47:
+        raise MemoryError("more than any machine has")
+
+
 # The executor
 
 class NativeExecutor:
@@ -273,6 +280,7 @@ class NativeExecutor:
         n_ids = min([w.shape[0] for op in lowered.ops if op.name == "embed" for w in op.weights],
                     default=self.program.n_vocab)
         try:
+            _check_size(lowered.kv, self.n_pages, slots, max(self.max_tokens, self.max_outputs))
             self._logits = _aligned(max(self.max_outputs, 1), slots[logits_slot][0])
             return _kernels.Runner(
                 self.isa, self.threads, ops=ops, slots=slots, logits=self._logits, logits_slot=logits_slot,
@@ -282,8 +290,11 @@ class NativeExecutor:
                 kv_is_f16=kv_type == "f16", n_vocab=self.program.n_vocab, n_ids=min(n_ids, self.program.n_vocab),
                 n_pages=self.n_pages, max_tokens=self.max_tokens, max_outputs=self.max_outputs,
                 max_sequences=self.max_sequences)
-        except (ValueError, MemoryError, OverflowError) as error:
-            raise KernelError(f"{self.program.name}: {error or 'out of memory'}") from None
+        except ValueError as error:
+            raise KernelError(f"{self.program.name}: {error}") from None
+        except (MemoryError, OverflowError) as error:
+            raise ModelLoadError(f"{self.program.name}: no memory for the weights, {self.n_pages} KV pages and steps of "
+                                 f"{self.max_tokens} tokens: {error}") from None
 
     @property
     def weight_bytes(self) -> int:
