@@ -174,14 +174,11 @@ def names() -> list[str]:
 def _cutter(pattern_name: str) -> Cutter:
     """The fast cut where it is exact: where no character beyond U+FFFF is of a class in the
     pattern. An emoji is no letter, so it changes nothing for most; mathematical letters do."""
-    patterns = _PATTERNS[pattern_name]
-    beyond = members_beyond("".join(patterns))
-    if not beyond:
-        return _compile(patterns, True)
-    fast, in_a_class = _compile(patterns, False), re.compile(f"[{beyond}]")
+    fast = _compile(_PATTERNS[pattern_name], False)
 
     def cut(text: str) -> list[str]:
-        if not text.isascii() and in_a_class.search("".join(set(_BEYOND.findall(text)))):
+        beyond = not text.isascii() and "".join(set(_BEYOND.findall(text)))
+        if beyond and _classes_beyond(pattern_name).search(beyond):
             return _exact_cutter(pattern_name)(text)
         return fast(text)
 
@@ -189,6 +186,12 @@ def _cutter(pattern_name: str) -> Cutter:
 
 
 _BEYOND = re.compile("[\U00010000-\U0010ffff]")
+
+
+@cache
+def _classes_beyond(pattern_name: str) -> re.Pattern:
+    members = members_beyond("".join(_PATTERNS[pattern_name]))
+    return re.compile(f"[{members}]" if members else "(?!)")
 
 
 @cache

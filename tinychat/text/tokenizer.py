@@ -436,6 +436,7 @@ class _Vocabulary:
         self.bos_id = self._token_id("bos_token_id", default[0])
         self.eos_id = self._token_id("eos_token_id", default[1])
         self.eog_ids = self._end_of_generation()
+        self._special_ids = [id for id, type in enumerate(self.types) if type != NORMAL]
         self._check_bytes()
 
     def string(self, key: str, *default: str | None) -> str | None:
@@ -511,7 +512,8 @@ class _Vocabulary:
                                      f"for token_type says so, got {self.tokens[id]!r}")
 
     def ids_of_type(self, *types: int) -> list[int]:
-        return [id for id, type in enumerate(self.types) if type != NORMAL and type in types]
+        """types: any but NORMAL."""
+        return [id for id in self._special_ids if self.types[id] in types]
 
     def ids_by_text(self) -> dict[str, int]:
         """The tokens that ordinary text can become: no control token may come of what a user

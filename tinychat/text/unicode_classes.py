@@ -4,8 +4,8 @@ r"""Unicode classes for `re`, which knows no `\p{...}`: exact ranges, computed f
 the White_Space property: Python's own adds U+001C to U+001F, which no tokenizer counts as space.
 
 The classes are those of the running Python (3.10: Unicode 13, 3.13: 15.1; llama.cpp has 16), so
-characters that one version has and another has not may be cut differently. Building the table
-takes 40 ms, once per process.
+characters that one version has and another has not may be cut differently. The table up to U+FFFF
+takes 10 ms, once per process; the one beyond 30 ms, and most processes never need it.
 """
 import re
 import unicodedata
@@ -21,12 +21,12 @@ HAN = ("\u2e80-\u2e99\u2e9b-\u2ef3\u2f00-\u2fd5\u3005\u3007\u3021-\u3029\u3038-\
 _CATEGORIES = ("Cc Cf Cn Co Cs Ll Lm Lo Lt Lu Mc Me Mn Nd Nl No Pc Pd Pe Pf Pi Po Ps Sc Sk Sm So "
                "Zl Zp Zs").split()
 _CODES = {name: chr(ord("A") + i) for i, name in enumerate(_CATEGORIES)}
-# All that is assigned and not for private use: planes 0 to 3, then tags and variation selectors.
-_CHARACTERS = (range(0x40000), range(0xE0000, 0xE1000))
+_HAN_CODE = "-"
+# Up to U+FFFF, and all beyond that is not for private use (the last: tags, variation selectors).
+_CHARACTERS = (range(0x10000), (*range(0x10000, 0x40000), *range(0xE0000, 0xE1000)))
 
 _CLASS = re.compile(r"\\p\{([\w-]+)\}")
 _PIECES = re.compile(rf"{_CLASS.pattern}|\\.|\[|\]|[^\\\[\]]+", re.DOTALL)
-_RANGE = re.compile(r"(.)(?:-(.))?", re.DOTALL)
 
 
 def expand(pattern: str, beyond: bool = True) -> str:
@@ -41,7 +41,7 @@ def expand(pattern: str, beyond: bool = True) -> str:
     for match in _PIECES.finditer(pattern):
         part = match[0]
         if match[1] or part == r"\s":
-            members = "".join(class_members(match[1])[:1 + beyond]) if match[1] else WHITE_SPACE
+            members = _members(match[1], beyond) if match[1] else WHITE_SPACE
             part = members if inside else f"[{members}]"
         elif part == r"\S":
             part = f"[^{WHITE_SPACE}]"
@@ -52,24 +52,27 @@ def expand(pattern: str, beyond: bool = True) -> str:
 
 
 def members_beyond(pattern: str) -> str:
-    """What `expand(pattern, beyond=False)` leaves out, all classes together."""
-    return "".join(class_members(name)[1] for name in sorted(set(_CLASS.findall(pattern))))
+    """What `expand(pattern, beyond=False)` leaves out, all classes together, as between brackets."""
+    return "".join(_members_of(name, True) for name in sorted(set(_CLASS.findall(pattern))))
+
+
+def _members(name: str, beyond: bool) -> str:
+    return _members_of(name, False) + (_members_of(name, True) if beyond else "")
 
 
 @cache
-def class_members(name: str) -> tuple[str, str]:
-    """What stands between the brackets of a class, up to U+FFFF and beyond. name: a general
-    category ("Lu"), its first letter ("L"), "Han", or with "-Han" behind it."""
-    if name == "Han":
-        ranges = [(ord(m[1]), ord(m[2] or m[1])) for m in _RANGE.finditer(HAN)]
-    else:
-        category, _, without = name.partition("-")
-        codes = "".join(code for long, code in _CODES.items() if long.startswith(category))
-        table = _categories_but_han() if without else _categories()
-        ranges = [(_code_point(m.start()), _code_point(m.end() - 1))
-                  for m in re.finditer(f"[{codes}]+", table)]
-    return ("".join(_range(*r) for r in ranges if r[0] <= 0xFFFF),
-            "".join(_range(*r) for r in ranges if r[0] > 0xFFFF))
+def _members_of(name: str, beyond: bool) -> str:
+    """What stands between the brackets of a class. name: a general category ("Lu"), its first
+    letter ("L"), "Han", or with "-Han" behind it."""
+    category, _, without = name.partition("-")
+    codes = "".join(code for long, code in _CODES.items() if long.startswith(category))
+    table = _categories(beyond)
+    if without or name == "Han":
+        table = _categories_but_han(beyond)
+        codes = codes or _HAN_CODE
+    characters = _CHARACTERS[beyond]
+    return "".join(_range(characters[m.start()], characters[m.end() - 1])
+                   for m in re.finditer(f"[{codes}]+", table))
 
 
 def _range(first: int, last: int) -> str:
@@ -81,25 +84,16 @@ def _escape(code_point: int) -> str:
     return character if code_point > 127 or character.isalnum() else f"\\x{code_point:02x}"
 
 
-def _code_point(position: int) -> int:
-    beyond = position - len(_CHARACTERS[0])
-    return position if beyond < 0 else _CHARACTERS[1][beyond]
+@cache
+def _categories(beyond: bool) -> str:
+    """A letter for the category of each character: a run of one class is a run here."""
+    characters = map(chr, _CHARACTERS[beyond])
+    return "".join(map(_CODES.__getitem__, map(unicodedata.category, characters)))
 
 
 @cache
-def _all_characters() -> str:
-    return "".join(chr(code_point) for part in _CHARACTERS for code_point in part)
-
-
-@cache
-def _categories() -> str:
-    """A letter for the category of each of `_all_characters`: a run of one class is a run here."""
-    return "".join(map(_CODES.__getitem__, map(unicodedata.category, _all_characters())))
-
-
-@cache
-def _categories_but_han() -> str:
-    table = list(_categories())
-    for match in re.finditer(f"[{HAN}]+", _all_characters()):
-        table[match.start():match.end()] = "-" * len(match[0])
-    return "".join(table)
+def _categories_but_han(beyond: bool) -> str:
+    marked = list(_categories(beyond))
+    for match in re.finditer(f"[{HAN}]+", "".join(map(chr, _CHARACTERS[beyond]))):
+        marked[match.start():match.end()] = _HAN_CODE * len(match[0])
+    return "".join(marked)
