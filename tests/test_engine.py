@@ -255,6 +255,33 @@ def test_cancelling_at_the_moment_of_preemption_is_not_lost(start):
     assert read(sequences[0]).ids == answer_after(prompt(44), 900)
 
 
+def test_many_threads_submit_read_and_cancel_at_once(start):
+    engine = start(parallel=3, n_pages=40, chunk=50)
+    wrong, done = [], []
+
+    def client(me):
+        rng = random.Random(me)
+        for i in range(12):
+            ids = prompt(rng.randrange(1, 90), seed=rng.randrange(6))
+            seq = engine.submit(ids, params=GREEDY, max_tokens=30)
+            updates, got = seq.updates(WAIT_S), []
+            for update in updates:
+                if isinstance(update, Token):
+                    got.append(update.id)
+                if len(got) == 5 and i % 3 == 0:
+                    engine.cancel(seq)
+            if got != answer_after(ids, 30)[:len(got)] or (len(got) < 30 and i % 3):
+                wrong.append((me, i))
+        done.append(me)
+
+    clients = [threading.Thread(target=client, args=(me,)) for me in range(8)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join(WAIT_S)
+    assert len(done) == 8 and not wrong
+
+
 # Prefix reuse
 
 def test_second_turn_prefills_only_what_is_new(start):

@@ -23,9 +23,9 @@ PROMISED_TOKENS = 256  # a sequence starts when there are pages for its prompt a
 class Stepper:
     """Starts sequences, plans and runs steps, ends sequences.
 
-    Pages are promised for the tokens that a sequence has and PROMISED_TOKENS more, and taken as they
-    come after that. When none is left, the youngest makes room: it loses its pages, not its tokens,
-    and started again it goes on as if nothing had happened.
+    Pages are promised for the tokens that a sequence has and PROMISED_TOKENS more, and taken as
+    they come after that. When none is left, the youngest makes room: it loses its pages, not its
+    tokens, and started again it goes on as if nothing had happened.
 
     running: in order of arrival. The counters count since the start; tokens computed again count as
     prefilled, reused ones do not.
