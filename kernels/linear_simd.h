@@ -17,6 +17,13 @@
 
 #define INLINE static inline __attribute__((always_inline)) /* kind and the numbers of tokens are constants inside */
 
+/* For the loop over a register tile's tokens: its accumulators then stay in registers (5 % at 512 tokens). */
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
 enum { PARTS = TILE_ROWS / LANES, PART_BYTES = 4 * LANES };
 
 /* ---- codes ---- */
@@ -225,6 +232,10 @@ INLINE vfloat add_block(int kind, const vint *w, const block_scales *b, const ac
 
 /* ---- one tile, n tokens ---- */
 
+/* How far ahead of the codes in use memory is asked for, across the ends of planes and tiles (one stream: they follow one
+ * another). One core reads 28 of 44 GB/s without, 32 at 8 KB, 37 at 16 KB, no more at 32 KB. */
+enum { PREFETCH_BYTES = 16 * 1024 };
+
 /* Writes the sums of one token; `rows` of the tile's 16 exist. */
 INLINE void write_rows(const vfloat *acc, const float *bias, float *out, int rows)
 {
@@ -246,6 +257,8 @@ INLINE void block_tile(int kind, const int n, int64_t n_cols, const uint8_t *til
     const format_traits f = formats[kind];
     const int blocks = f.file_cols / 32;
     const uint8_t *codes = tile, *scales = tile + code_plane_bytes(kind, n_cols);
+    const int bytes = f.code_bytes + f.scale_bytes / blocks;
+    const uint8_t *ahead = tile + PREFETCH_BYTES;
     vfloat acc[MAX_TOKENS][PARTS];
     for (int t = 0; t < n; t++)
         for (int p = 0; p < PARTS; p++)
@@ -254,14 +267,19 @@ INLINE void block_tile(int kind, const int n, int64_t n_cols, const uint8_t *til
         scale_group group[PARTS];
         for (int p = 0; p < PARTS; p++)
             group[p] = read_group(kind, scales, p);
-        for (int j = 0; j < blocks; j++, codes += f.code_bytes, act += sizeof(act_block))
+        for (int j = 0; j < blocks; j++, codes += f.code_bytes, act += sizeof(act_block)) {
+            for (int at = 0; at < bytes; at += 64)
+                __builtin_prefetch(ahead + at);
+            ahead += bytes;
             for (int p = 0; p < PARTS; p++) {
                 vint w[8];
                 decode(kind, codes + PART_BYTES * p, w);
                 const block_scales b = read_block_scales(kind, &group[p]);
+                UNROLL
                 for (int t = 0; t < n; t++)
                     acc[t][p] = add_block(kind, w, &b, (const act_block *)(act + t * act_stride), acc[t][p]);
             }
+        }
     }
     for (int t = 0; t < n; t++)
         write_rows(acc[t], bias, out + t * ld, rows);
