@@ -98,10 +98,11 @@ def test_a_bad_field_is_named(model, fields, param):
 
 
 def test_text_that_is_no_text_is_an_error_not_a_crash(model):
-    with pytest.raises(TinychatError):
-        model.chat("lone \udc80 surrogate")
-    with pytest.raises(InvalidRequest):
-        model.chat(5)
+    answers = [text_of(model.chat(f"lone {c} surrogate", **GREEDY)) for c in ("\udc80", "\ufffd")]
+    assert answers[0] == answers[1], "as on the wire"
+    for input in (5, b"bytes", [{"type": "text"}], float("nan")):
+        with pytest.raises(InvalidRequest):
+            model.chat(input)
 
 
 def test_closing_a_stream_stops_the_answer(model):

@@ -1,4 +1,5 @@
 """The door for programs: a model as an object, a tokenizer alone, a server inside the process."""
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
@@ -9,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from tinychat import chat
-from tinychat.contract import parse_chat_request
+from tinychat.contract import ChatRequest, parse_chat_request, parse_json
 from tinychat.engine.sequence import Finished, Token
-from tinychat.errors import TinychatError
+from tinychat.errors import InvalidRequest, TinychatError
 from tinychat.gguf_file import open_gguf
 from tinychat.library import Library
 from tinychat.store import IN_MEMORY, Store
@@ -70,6 +71,18 @@ def serve(models: "Name | Model | Iterable[Name]" = (), *, host: str = "127.0.0.
                           **settings)
         undo.pop_all()
     return serving
+
+
+def chat_request(**fields) -> ChatRequest:
+    """A request as the server would read it from the wire; None leaves a field out.
+
+    Raises: InvalidRequest.
+    """
+    try:
+        body = json.dumps({name: value for name, value in fields.items() if value is not None})
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"expected values that JSON has: {error}") from None
+    return parse_chat_request(parse_json(body.encode()))
 
 
 class Serving:
@@ -134,11 +147,9 @@ class Model(Vocabulary):
         Closing the iterator stops the answer. None leaves a field out.
         Raises: TinychatError, for a bad field at once; in a stream later errors are events.
         """
-        fields = {name: value for name, value in locals().items()
-                  if name != "self" and value is not None}
+        fields = {name: value for name, value in locals().items() if name != "self"}
         self._check_open()
-        request = parse_chat_request({"model": self.key, **fields})
-        events = chat.run(self.library, self.store, request)
+        events = chat.run(self.library, self.store, chat_request(model=self.key, **fields))
         if stream:
             return events
         with closing(events):

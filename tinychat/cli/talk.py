@@ -99,14 +99,13 @@ class Talk:
 
     def answer(self, text: str) -> bool:
         """Stream one answer; Ctrl-C stops it. Returns whether it came to its end."""
+        from tinychat.api import chat_request
         from tinychat.chat import run
-        from tinychat.contract import parse_chat_request
 
-        asked = {"model": self.key, "input": text, "previous_response_id": self.last_id,
-                 **self.fields}
         screen = Screen()
         try:
-            request = parse_chat_request({k: v for k, v in asked.items() if v is not None})
+            request = chat_request(model=self.key, input=text, previous_response_id=self.last_id,
+                                   **self.fields)
             with closing(run(self.library, self.store, request)) as events:
                 for event in events:
                     screen.show(event)
