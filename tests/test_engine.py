@@ -416,6 +416,22 @@ def test_failing_step_ends_the_running_and_the_engine_lives_on(start, caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_fault_before_a_sequence_runs_ends_that_one(start):
+    engine = start()
+    begin = engine._stepper.start
+
+    def fail(seq):
+        if seq.n_prompt == 13:
+            raise RuntimeError("cannot start")
+        return begin(seq)
+
+    engine._stepper.start = fail
+    bad = engine.submit(prompt(13), params=GREEDY)
+    good = engine.submit(prompt(14), params=GREEDY, max_tokens=5)
+    assert "cannot start" in str(read(bad).error)
+    assert read(good).ids == answer_after(prompt(14), 5)
+
+
 def test_error_of_our_own_arrives_as_it_is(start):
     executor = FakeExecutor()
     engine = start(executor=executor)
