@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinychat.text.tokenizer import _BYTE_CHARACTERS, BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from tinychat.text.tokenizer import _BYTE_CHARACTERS
+from tinychat.text.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 

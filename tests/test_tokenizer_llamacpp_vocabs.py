@@ -1,7 +1,7 @@
 """llama.cpp's own vocabularies, with the texts and ids of its own tests.
 
-They come inside the source archive of the package `xllamacpp`, fetched once from the index that pip
-is configured with, checked against its SHA-256, and kept in the test cache. Each `.inp` holds texts,
+They come inside the source archive of the package `xllamacpp`, fetched once from the index that
+pip is configured with, checked against its SHA-256, and kept in the test cache. Each `.inp` holds texts,
 each `.out` their ids, encoded without bos and without special tokens.
 """
 import hashlib

@@ -52,7 +52,7 @@ def expand(pattern: str, beyond: bool = True) -> str:
 
 
 def members_beyond(pattern: str) -> str:
-    """What `expand(pattern, beyond=False)` leaves out, all classes together, as between brackets."""
+    """What `expand(pattern, beyond=False)` leaves out of all classes, as between brackets."""
     return "".join(_members_of(name, True) for name in sorted(set(_CLASS.findall(pattern))))
 
 
