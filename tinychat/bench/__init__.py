@@ -55,7 +55,8 @@ def run(name: str, *, n_prompt: int, n_generate: int, n_runs: int, threads: int 
     result["decode_bytes_per_second"] = (result["decode_tokens_per_second"]
                                          * facts["decode_bytes_per_token"])
     say("reading memory")
-    result["read_bandwidth_bytes_per_second"] = read_bandwidth(facts["threads"])
+    result["read_bandwidth_bytes_per_second"] = read_bandwidth(facts["threads"],
+                                                               BANDWIDTH_BYTES)
     if rivals:
         result["llama.cpp"] = medians(rivals)
     return result
@@ -142,8 +143,8 @@ def peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def read_bandwidth(n_threads: int, n_bytes: int = BANDWIDTH_BYTES) -> float:
-    """Bytes per second that `n_threads` read together: the best of a few passes.
+def read_bandwidth(n_threads: int, n_bytes: int) -> float:
+    """Bytes per second that `n_threads` read together from `n_bytes`: the best of a few passes.
 
     max() of float32 has the least arithmetic to a byte among NumPy's reductions (38 GB/s on a
     machine where sum() saw 29).

@@ -1,0 +1,24 @@
+"""Each example runs as it stands, with the real small model."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers_doors import environment
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+TIMEOUT_S = 300  # the reference executor needs its time
+
+
+def test_there_are_examples_numbered_without_gaps():
+    assert [path.name[:2] for path in EXAMPLES] == [f"{i:02}" for i in range(1, len(EXAMPLES) + 1)]
+    assert len(EXAMPLES) >= 5
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short_and_runs(path, smollm2_path, tmp_path):
+    assert len(path.read_text().splitlines()) < 60
+    done = subprocess.run([sys.executable, str(path), str(smollm2_path)], capture_output=True, text=True,
+                          timeout=TIMEOUT_S, cwd=tmp_path, env=environment(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() and "Traceback" not in done.stderr
