@@ -236,44 +236,42 @@ INLINE vfloat add_block(int kind, const vint *w, const block_scales *b, const ac
  * another). One core reads 28 of 44 GB/s without, 32 at 8 KB, 37 at 16 KB, no more at 32 KB. */
 enum { PREFETCH_BYTES = 16 * 1024 };
 
-/* Writes the sums of one token; `rows` of the tile's 16 exist. */
-INLINE void write_rows(const vfloat *acc, const float *bias, float *out, int rows)
+/* Writes the sums of one part of a tile for one token; `rows` of its LANES exist. */
+INLINE void write_part(vfloat acc, const float *bias, float *out, int64_t rows)
 {
-    float sums[TILE_ROWS];
-    if (rows == TILE_ROWS) {
-        for (int p = 0; p < PARTS; p++)
-            vf_store(out + LANES * p, bias ? vf_add(acc[p], vf_load(bias + LANES * p)) : acc[p]);
+    if (rows >= LANES) {
+        vf_store(out, bias ? vf_add(acc, vf_load(bias)) : acc);
         return;
     }
-    for (int p = 0; p < PARTS; p++)
-        vf_store(sums + LANES * p, acc[p]);
+    float sums[LANES];
+    vf_store(sums, acc);
     for (int row = 0; row < rows; row++)
         out[row] = bias ? sums[row] + bias[row] : sums[row];
 }
 
-INLINE void block_tile(int kind, const int n, int64_t n_cols, const uint8_t *tile, const uint8_t *act, size_t act_stride,
-                       const float *bias, float *out, int64_t ld, int rows)
+/* `parts` parts of one tile from `first` on. One token takes the whole tile in one pass over memory; many go part by part,
+ * so that 8 vectors of codes are all that has to stay in registers beside the sums. */
+INLINE void block_tile(int kind, const int n, const int parts, const int first, const packed_matrix *m, int64_t number,
+                       const uint8_t *act, size_t act_stride, const float *bias, float *out, int64_t ld)
 {
     const format_traits f = formats[kind];
-    const int blocks = f.file_cols / 32;
-    const uint8_t *codes = tile, *scales = tile + code_plane_bytes(kind, n_cols);
-    const int bytes = f.code_bytes + f.scale_bytes / blocks;
-    const uint8_t *ahead = tile + PREFETCH_BYTES;
+    const int blocks = f.file_cols / 32, bytes = f.code_bytes + f.scale_bytes / blocks;
+    const uint8_t *codes = m->data + number * m->tile_bytes, *ahead = codes + PREFETCH_BYTES;
+    const uint8_t *scales = codes + code_plane_bytes(kind, m->n_cols);
     vfloat acc[MAX_TOKENS][PARTS];
     for (int t = 0; t < n; t++)
-        for (int p = 0; p < PARTS; p++)
+        for (int p = 0; p < parts; p++)
             acc[t][p] = vf_zero();
-    for (int64_t i = 0; i < n_cols / f.file_cols; i++, scales += f.scale_bytes) {
+    for (int64_t i = 0; i < m->n_cols / f.file_cols; i++, scales += f.scale_bytes) {
         scale_group group[PARTS];
-        for (int p = 0; p < PARTS; p++)
-            group[p] = read_group(kind, scales, p);
-        for (int j = 0; j < blocks; j++, codes += f.code_bytes, act += sizeof(act_block)) {
+        for (int p = 0; p < parts; p++)
+            group[p] = read_group(kind, scales, first + p);
+        for (int j = 0; j < blocks; j++, codes += f.code_bytes, ahead += bytes, act += sizeof(act_block)) {
             for (int at = 0; at < bytes; at += 64)
                 __builtin_prefetch(ahead + at);
-            ahead += bytes;
-            for (int p = 0; p < PARTS; p++) {
+            for (int p = 0; p < parts; p++) {
                 vint w[8];
-                decode(kind, codes + PART_BYTES * p, w);
+                decode(kind, codes + PART_BYTES * (first + p), w);
                 const block_scales b = read_block_scales(kind, &group[p]);
                 UNROLL
                 for (int t = 0; t < n; t++)
@@ -282,7 +280,10 @@ INLINE void block_tile(int kind, const int n, int64_t n_cols, const uint8_t *til
         }
     }
     for (int t = 0; t < n; t++)
-        write_rows(acc[t], bias, out + t * ld, rows);
+        for (int p = 0; p < parts; p++) {
+            const int64_t row = number * TILE_ROWS + LANES * (first + p);
+            write_part(acc[t][p], bias ? bias + row : NULL, out + t * ld + row, m->n_rows - row);
+        }
 }
 
 /* One tile of a float kind: one lane per row, k in order; `tiles` tiles at once keep the multipliers busy. */
@@ -303,10 +304,9 @@ INLINE void float_tiles(int kind, const int n, const int tiles, const packed_mat
                 acc[t][p] = vf_fma(v, vf_splat(act + t * act_stride), acc[t][p]);
         }
     for (int t = 0; t < n; t++)
-        for (int i = 0; i < tiles; i++) {
-            const int64_t row = (first + i) * TILE_ROWS, left = m->n_rows - row;
-            write_rows(acc[t] + PARTS * i, bias ? bias + row : NULL, out + t * ld + row,
-                       left < TILE_ROWS ? (int)left : TILE_ROWS);
+        for (int p = 0; p < PARTS * tiles; p++) {
+            const int64_t row = first * TILE_ROWS + LANES * p;
+            write_part(acc[t][p], bias ? bias + row : NULL, out + t * ld + row, m->n_rows - row);
         }
 }
 
@@ -320,15 +320,12 @@ INLINE void block_product(int kind, const packed_matrix *m, const uint8_t *act, 
                           const float *bias, float *out, int64_t ld, int64_t tile_begin, int64_t tile_end)
 {
     for (int64_t i = tile_begin; i < tile_end; i++) {
-        const uint8_t *tile = m->data + i * m->tile_bytes;
-        const int64_t row = i * TILE_ROWS, left = m->n_rows - row;
-        const int rows = left < TILE_ROWS ? (int)left : TILE_ROWS;
-        const float *tile_bias = bias ? bias + row : NULL;
         int64_t t = 0;
 #define STEP(n) \
         for (; n <= MAX_TOKENS && n_tokens - t >= n; t += n) \
-            block_tile(kind, n <= MAX_TOKENS ? n : 1, m->n_cols, tile, act + t * act_stride, act_stride, tile_bias, \
-                       out + t * ld + row, ld, rows)
+            for (int part = 0; part < PARTS; part += n == 1 ? PARTS : 1) \
+                block_tile(kind, n <= MAX_TOKENS ? n : 1, n == 1 ? PARTS : 1, part, m, i, act + t * act_stride, act_stride, \
+                           bias, out + t * ld, ld)
         STEP(16);
         STEP(8);
         STEP(4);
