@@ -133,6 +133,16 @@ static void scale_row(const float *restrict x, float scale, int64_t n, float *re
 
 /* ---- keys and values ---- */
 
+INLINE uint8_t *key_block(const kv_layer *kv, int64_t page, int64_t kv_head)
+{
+    return kv->keys + (size_t)(page * kv->shape.n_head_kv + kv_head) * kv->key_block_bytes;
+}
+
+INLINE uint8_t *value_block(const kv_layer *kv, int64_t page, int64_t kv_head)
+{
+    return kv->values + (size_t)(page * kv->shape.n_head_kv + kv_head) * kv->value_block_bytes;
+}
+
 INLINE void store_f16(uint16_t *to, int64_t stride, const float *from, int64_t n)
 {
     uint16_t half[LANES];
@@ -148,8 +158,7 @@ static void store_kv(const kv_layer *kv, const float *k, const float *v, int32_t
 {
     const int64_t n_kv = kv->shape.n_head_kv, n_key = kv->shape.key_length, n_value = kv->shape.value_length;
     for (int64_t h = 0; h < n_kv; h++, k += n_key, v += n_value) {
-        uint8_t *key = kv->keys + (size_t)(page * n_kv + h) * kv->key_block_bytes;
-        uint8_t *value = kv->values + (size_t)(page * n_kv + h) * kv->value_block_bytes;
+        uint8_t *key = key_block(kv, page, h), *value = value_block(kv, page, h);
         if (kv->is_f16) {
             store_f16((uint16_t *)key + slot, PAGE_TOKENS, k, n_key);
             store_f16((uint16_t *)value + (int64_t)slot * kv->value_stride, 1, v, n_value);
@@ -171,9 +180,10 @@ INLINE vf load_kv(const uint8_t *block, int64_t i, const int is_f16)
     return is_f16 ? vf_load_f16((const uint16_t *)block + i) : vf_load((const float *)block + i);
 }
 
-/* scores[h][slot] = q_h . key_slot for the slots of one page; q: n_heads rows of n_key */
+/* scores[h][slot] = q_h . key_slot for the slots of one page; q: n_heads rows of n_key. The lines of `next`, wanted
+ * soon, are fetched on the way: one head's blocks lie too far apart for the processor to foresee them. */
 INLINE void score_page(const uint8_t *keys, const float *q, int64_t n_key, const int n_heads, const int is_f16,
-                       vf scores[HEADS_AT_ONCE][PAGE_VECTORS])
+                       const uint8_t *next, vf scores[HEADS_AT_ONCE][PAGE_VECTORS])
 {
     vf sum[HEADS_AT_ONCE][PAGE_VECTORS];
 #pragma GCC unroll 8
@@ -183,6 +193,7 @@ INLINE void score_page(const uint8_t *keys, const float *q, int64_t n_key, const
             sum[h][j] = vf_set(0.0f);
     for (int64_t i = 0; i < n_key; i++) {
         vf key[PAGE_VECTORS];
+        __builtin_prefetch(next + i * MEMORY_ALIGN);
 #pragma GCC unroll 8
         for (int j = 0; j < PAGE_VECTORS; j++)
             key[j] = load_kv(keys, i * PAGE_TOKENS + j * LANES, is_f16);
@@ -201,7 +212,8 @@ INLINE void score_page(const uint8_t *keys, const float *q, int64_t n_key, const
 
 /* o[h][c..] = o[h][c..] * rescale[h] + sum over slots [lo, hi) of weights[h][slot] * value_slot[c..], n_vectors of them */
 INLINE void weigh_columns(const uint8_t *values, int64_t stride, int64_t c, int lo, int hi, const float *weights,
-                          const float *rescale, const int n_heads, const int n_vectors, const int is_f16, float *o)
+                          const float *rescale, const int n_heads, const int n_vectors, const int is_f16,
+                          const uint8_t *next, float *o)
 {
     vf sum[HEADS_AT_ONCE][4];
 #pragma GCC unroll 8
@@ -211,6 +223,8 @@ INLINE void weigh_columns(const uint8_t *values, int64_t stride, int64_t c, int 
             sum[h][j] = vf_load(o + h * stride + c + j * LANES) * rescale[h];
     for (int slot = lo; slot < hi; slot++) {
         vf value[4];
+        __builtin_prefetch(next + (16 * (c / LANES) + 2 * slot) * MEMORY_ALIGN);
+        __builtin_prefetch(next + (16 * (c / LANES) + 2 * slot + 1) * MEMORY_ALIGN);
 #pragma GCC unroll 8
         for (int j = 0; j < n_vectors; j++)
             value[j] = load_kv(values, slot * stride + c + j * LANES, is_f16);
@@ -271,16 +285,16 @@ INLINE void attend_heads(const attend_query *a, int32_t kv_head, int64_t head, c
         const int32_t start = p * PAGE_TOKENS;
         const int lo = first > start ? first - start : 0;
         const int hi = a->position - start < PAGE_TOKENS ? a->position - start + 1 : PAGE_TOKENS;
-        const size_t block = (size_t)a->pages[p] * (size_t)kv->shape.n_head_kv + (size_t)kv_head;
-        const uint8_t *values = kv->values + block * kv->value_block_bytes;
-        score_page(kv->keys + block * kv->key_block_bytes, q, n_key, n_heads, is_f16, scores);
+        const uint8_t *keys = key_block(kv, a->pages[p], kv_head), *values = value_block(kv, a->pages[p], kv_head);
+        const uint8_t *next = p < a->position / PAGE_TOKENS ? key_block(kv, a->pages[p + 1], kv_head) : keys;
+        score_page(keys, q, n_key, n_heads, is_f16, values, scores);
         for (int h = 0; h < n_heads; h++)
             rescale[h] = soften_page(scores[h], a->scale, lo, hi, &m[h], &l[h], weights + h * PAGE_TOKENS);
         int64_t c = 0;
         for (; c + 4 * LANES <= stride; c += 4 * LANES)
-            weigh_columns(values, stride, c, lo, hi, weights, rescale, n_heads, 4, is_f16, scratch);
+            weigh_columns(values, stride, c, lo, hi, weights, rescale, n_heads, 4, is_f16, next, scratch);
         for (; c < stride; c += LANES)
-            weigh_columns(values, stride, c, lo, hi, weights, rescale, n_heads, 1, is_f16, scratch);
+            weigh_columns(values, stride, c, lo, hi, weights, rescale, n_heads, 1, is_f16, next, scratch);
     }
     for (int h = 0; h < n_heads; h++) {
         const float total = lanes_sum(l[h]);
