@@ -294,6 +294,15 @@ def test_serve_says_when_it_is_ready_answers_and_stops(home, qwen, how):
         assert not any("Traceback" in line for line in serve.lines)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGTERM")
+def test_serve_warns_when_it_is_open_to_others(home, qwen):
+    with ServeProcess(home, "qwen", "--port", 0, "--host", "0.0.0.0", "--threads", 1) as serve:
+        assert "not a loopback address" in serve.line_with("WARNING")
+        serve.line_with(" is ready: ")
+        serve.process.terminate()
+        assert serve.process.wait(WAIT_S) == 0
+
+
 def test_a_taken_port_is_one_line(home, qwen):
     with tinychat.serve(port=0, home=home) as server:
         port = server.url.rpartition(":")[2]

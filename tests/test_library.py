@@ -384,10 +384,14 @@ def test_available_memory_is_the_least_that_anyone_leaves(tmp_path, monkeypatch)
     (tmp_path / "meminfo").write_text("MemTotal: 10 kB\nMemAvailable: 4 kB\n")
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "PROC_CGROUP", tmp_path / "cgroup")
+    (tmp_path / "cgroup").write_text("1:cpu:/other\n0::/user/service\n")
+    (tmp_path / "user" / "service").mkdir(parents=True)
     assert memory.available_memory() == 4096
-    (tmp_path / "memory.max").write_text("1000")
-    (tmp_path / "memory.current").write_text("0")
-    assert memory.available_memory() == 1000
+    for folder, limit in ((tmp_path, 3000), (tmp_path / "user" / "service", 2000), (tmp_path / "user", 1000)):
+        (folder / "memory.max").write_text(str(limit))
+        (folder / "memory.current").write_text("0")
+        assert memory.available_memory() == limit
     monkeypatch.setattr(memory, "CGROUP", tmp_path / "absent")
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "absent")
     assert memory.available_memory() is None

@@ -19,6 +19,7 @@ def serve(args) -> None:
     from tinychat.api import STORE_NAME
     from tinychat.library import Library, default_model
     from tinychat.server import make_server
+    from tinychat.server.handler import is_loopback
     from tinychat.store import Store
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
@@ -28,22 +29,22 @@ def serve(args) -> None:
         with closing(Store(library.home / STORE_NAME)) as store:
             with closing(make_server(library, store, **theirs)) as server:
                 loaded = [load_shown(library, key) for key in keys]
-                server.start()
-                names = ", ".join(f"{m.entry.key} ({m.executor.name})" for m in loaded)
-                say(f"tinychat {tinychat.__version__} is ready: {server.url} with {names}; "
-                    "Ctrl-C stops it")
-                wait_for_interrupt()
-                say("stopping")
+                if not is_loopback(theirs["host"]):
+                    say(f"WARNING: {theirs['host']} is not a loopback address: whoever reaches "
+                        f"port {server.port} can use this server and read its chats")
+                serve_until_interrupted(server, loaded)
 
 
-def wait_for_interrupt() -> None:
-    """Sleep until SIGINT or SIGTERM; in slices, since Windows interrupts no wait without an end."""
-    never = threading.Event()
+def serve_until_interrupted(server, loaded) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    names = ", ".join(f"{model.entry.key} ({model.executor.name})" for model in loaded)
     try:
-        while not never.wait(1.0):
+        server.start()
+        say(f"tinychat {tinychat.__version__} is ready: {server.url} with {names}; Ctrl-C stops it")
+        while not threading.Event().wait(1.0):  # Windows interrupts no wait without an end
             pass
     except KeyboardInterrupt:
-        pass
+        say("stopping")
 
 
 def fetched(library, name: str):

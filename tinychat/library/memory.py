@@ -9,7 +9,7 @@ from tinychat.ops.program import PAGE_TOKENS, Program, plan_slots
 KV_BYTES = {"f16": 2, "f32": 4}
 HEADROOM = 0.95       # share of the available memory that a load may plan for
 CGROUP = Path("/sys/fs/cgroup")
-MEMINFO = Path("/proc/meminfo")
+MEMINFO, PROC_CGROUP = Path("/proc/meminfo"), Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,15 @@ def kv_bytes_per_token(program: Program, kv_type: str) -> int:
 
 def available_memory() -> int | None:
     """Bytes this process may still take, by the machine and its cgroup; None if unknown."""
-    found = (_meminfo(MEMINFO), _cgroup_v2(CGROUP), _cgroup_v1(CGROUP / "memory"))
+    found = [_meminfo(MEMINFO), _cgroup_v1(CGROUP / "memory"), *map(_cgroup_v2, _own_cgroups())]
     return min((n for n in found if n is not None), default=None)
+
+
+def _own_cgroups() -> list[Path]:
+    """This process's folder of version 2 and those above it, each of which may have a limit."""
+    own = [line.removeprefix("0::/") for line in _lines(PROC_CGROUP) if line.startswith("0::/")]
+    folder = CGROUP / (own[0] if own else "")
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(CGROUP))]
 
 
 def _meminfo(path: Path) -> int | None:
