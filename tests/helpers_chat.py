@@ -53,7 +53,7 @@ class ByteTokenizer:
     def encode(self, text, *, special=False):
         return ids_of(text) if special else list(text.encode())
 
-    def _encode_plain(self, text, after_special=False):
+    def encode_plain(self, text, after_special=False):
         return list(text.encode())
 
     def decode(self, ids, *, special=True):

@@ -206,7 +206,7 @@ class Vocabulary:
         pattern = "|".join(map(re.escape, self.special)) + "|." if special else "."
         return [self.tokens.index(part) for part in re.findall(pattern, text, re.DOTALL)]
 
-    def _encode_plain(self, text, after_special):
+    def encode_plain(self, text, after_special):
         return self.encode(text)
 
 

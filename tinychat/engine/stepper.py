@@ -190,10 +190,10 @@ def _log_end(seq: Sequence, reason: str) -> None:
     """One line per sequence, without its contents."""
     end = time.perf_counter()
     prompt_s, answer_s = seq.t_prompt_done - seq.t_started, end - seq.t_prompt_done
-    log.info("sequence %d: %d tokens in, %d cached, prefill %.1f tok/s, %d out, decode %.1f tok/s, "
-             "%.2f s, %s", seq.id, seq.n_prompt, seq.n_cached,
-             _rate(seq.n_prompt - seq.n_cached, prompt_s), seq.n_generated,
-             _rate(seq.n_generated, answer_s), end - seq.t_submitted, reason)
+    log.debug("sequence %d: %d tokens in, %d cached, prefill %.1f tok/s, %d out, decode %.1f tok/s, "
+              "%.2f s, %s", seq.id, seq.n_prompt, seq.n_cached,
+              _rate(seq.n_prompt - seq.n_cached, prompt_s), seq.n_generated,
+              _rate(seq.n_generated, answer_s), end - seq.t_submitted, reason)
 
 
 def _rate(n: int, seconds: float) -> float:

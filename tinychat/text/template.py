@@ -132,7 +132,7 @@ class ChatTemplate:
             if is_structure:
                 ids += tokenizer.encode(text, special=True)
             else:  # NOTE: `encode` finds user-defined tokens in any case
-                ids += tokenizer._encode_plain(text, after_special=not ids)
+                ids += tokenizer.encode_plain(text, after_special=not ids)
         if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
             ids.insert(0, tokenizer.bos_id)
         return ids

@@ -89,7 +89,7 @@ class Tokenizer:
                 ids.append(part)
                 after_special = True
             else:
-                ids += self._encode_plain(part, after_special)
+                ids += self.encode_plain(part, after_special)
                 after_special = False
         return ids
 
@@ -101,7 +101,9 @@ class Tokenizer:
             ids.insert(0, self.bos_id)
         return ids
 
-    def _encode_plain(self, text: str, after_special: bool) -> Iterable[int]:
+    def encode_plain(self, text: str, after_special: bool) -> Iterable[int]:
+        """Ids of `text` in which nothing is looked for, user-defined tokens neither: what text
+        from outside becomes. after_special: it begins the prompt or follows a special token."""
         if not self._byte_level:
             prefix = SPACE if self._add_space_prefix and after_special else ""
             text = prefix + text.replace(" ", SPACE)
