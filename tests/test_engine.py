@@ -559,7 +559,7 @@ def test_times_are_in_order(start):
 
 
 def test_one_line_per_sequence_is_logged_without_contents(start, caplog):
-    caplog.set_level("INFO", "tinychat.engine")
+    caplog.set_level("DEBUG", "tinychat.engine")
     generate(start(), prompt(40), 5)
     lines = [r.getMessage() for r in caplog.records]
     assert len(lines) == 1 and "40 tokens in, 0 cached" in lines[0] and lines[0].endswith("length")
