@@ -1,4 +1,4 @@
-"""For the tests of library, commands and API: small files to list, a wheel to pull, the command line."""
+"""For the tests of the doors: small files to list, a wheel to pull, the command line."""
 import hashlib
 import json
 import os
@@ -30,14 +30,15 @@ def put(path: Path, source: Path) -> Path:
 
 def write_model(path: Path, *, arch: str = "llama", template: str | None = None,
                 tensors: bool = True, **values) -> Path:
-    """A file that can be listed, though it has no more than one matrix; `values` with __ for dots."""
+    """A file that can be listed, though it has but one matrix; `values` with __ for dots."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(path, arch)
     writer.add_context_length(128)
     if template is not None:
         writer.add_chat_template(template)
     for name, value in values.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add = {int: writer.add_uint32, float: writer.add_float32,
+               str: writer.add_string}[type(value)]
         add(name.replace("__", "."), value)
     if tensors:
         writer.add_tensor("token_embd.weight", np.zeros((100, 64), np.float16))
@@ -58,14 +59,16 @@ def make_wheel(folder: Path, members: dict[str, bytes], name: str = "toy_model")
         for member, data in members.items():
             wheel.writestr(member, data)
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/WHEEL",
+                       "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     return path
 
 
 def make_catalog(path: Path, data: bytes, *, sha256: str | None = None) -> Path:
     """A catalogue with one model, "toy", the file `data` of the wheel toy-model."""
-    row = {"description": "a toy", "source": {"type": "pypi-wheel", "requirement": "toy-model==1.0"},
+    row = {"description": "a toy",
+           "source": {"type": "pypi-wheel", "requirement": "toy-model==1.0"},
            "publisher": "Maker", "name": "Toy", "file": "Toy.F16.gguf", "size_bytes": len(data),
            "sha256": sha256 or hashlib.sha256(data).hexdigest()}
     path.write_text(json.dumps({"default": "toy", "models": {"toy": row}}))
@@ -80,6 +83,6 @@ def environment(home: Path, **variables: str) -> dict[str, str]:
 
 def tinychat_command(*args, home: Path, input: str | None = None, **variables):
     """One run of the command line in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "tinychat", *map(str, args)], input=input, text=True,
-                          capture_output=True, timeout=WAIT_S, cwd=home,
+    return subprocess.run([sys.executable, "-m", "tinychat", *map(str, args)], input=input,
+                          text=True, capture_output=True, timeout=WAIT_S, cwd=home,
                           env=environment(home, **variables))

@@ -13,8 +13,8 @@ from gguf import GGUFWriter
 from helpers_doors import WAIT_S, environment, golden, make_catalog, make_wheel, put
 
 import tinychat
-from tinychat.errors import (ContextOverflow, InvalidRequest, ModelFileError, ModelNotFound, TemplateError,
-                             TinychatError)
+from tinychat.errors import (ContextOverflow, InvalidRequest, ModelFileError, ModelNotFound,
+                             TemplateError, TinychatError)
 from tinychat.gguf_file import open_gguf
 from tinychat.library import shelf
 
@@ -42,8 +42,8 @@ def test_importing_tinychat_imports_nothing_heavy(tmp_path):
             "heavy = {'numpy', 'gguf', 'jinja2', 'PIL'} & set(sys.modules)")
     light = code.replace("tinychat.load, ", "")
     for text, expected in ((light, "set()"), (code, "{'")):
-        done = subprocess.run([sys.executable, "-c", text + "; print(heavy)"], capture_output=True, text=True,
-                              timeout=WAIT_S, cwd=tmp_path, env=environment(tmp_path))
+        done = subprocess.run([sys.executable, "-c", text + "; print(heavy)"], capture_output=True,
+                              text=True, timeout=WAIT_S, cwd=tmp_path, env=environment(tmp_path))
         assert done.stdout.startswith(expected), done.stderr
 
 
@@ -88,7 +88,8 @@ def test_a_chat_continues_a_stored_one(model):
 
 
 @pytest.mark.parametrize("fields, param", [
-    ({"temperature": 3}, "temperature"), ({"top_k": -1}, "top_k"), ({"reasoning": "on"}, "reasoning"),
+    ({"temperature": 3}, "temperature"), ({"top_k": -1}, "top_k"),
+    ({"reasoning": "on"}, "reasoning"),
     ({"context_length": 10**6}, "context_length"), ({"max_output_tokens": 0}, "max_output_tokens"),
 ])
 def test_a_bad_field_is_named(model, fields, param):
@@ -111,7 +112,8 @@ def test_closing_a_stream_stops_the_answer(model):
         pass
     events.close()
     with model.library.use(model.key) as loaded:
-        next(iter(loaded.engine.submit([1], max_tokens=1).updates(timeout=WAIT_S)))  # a step has passed
+        step = loaded.engine.submit([1], max_tokens=1)
+        next(step.updates(timeout=WAIT_S))
         assert loaded.engine.stats.waiting == 0
 
 
@@ -138,16 +140,19 @@ def test_logits_are_the_golden_ones(model):
 def test_generate_gives_ids_up_to_the_limit_or_a_stop(model):
     ids = np.load(golden("qwen2-a").with_suffix(".npz"))["tokens"].tolist()
     first = list(model.generate(ids, temperature=0, max_tokens=8, stop_ids=()))
-    assert len(first) == 8 and first == list(model.generate(ids, temperature=0, max_tokens=8, stop_ids=()))
+    assert len(first) == 8 and first == list(model.generate(ids, temperature=0, max_tokens=8,
+                                                            stop_ids=()))
     assert list(model.generate(ids, temperature=0, max_tokens=8, stop_ids=[first[0]])) == first[:1]
-    drawn = [list(model.generate(ids, temperature=2.0, top_k=0, top_p=1.0, max_tokens=8, seed=3)) for _ in "ab"]
+    drawn = [list(model.generate(ids, temperature=2.0, top_k=0, top_p=1.0, max_tokens=8,
+                                 seed=3)) for _ in "ab"]
     assert drawn[0] == drawn[1]
     best = model.logits(ids)[-1].argmax()
     assert first[0] == best
 
 
 def test_generate_refuses_what_cannot_be(model):
-    for ids, error in (([], InvalidRequest), ([10**6], InvalidRequest), ([1] * 10**4, ContextOverflow)):
+    for ids, error in (([], InvalidRequest), ([10**6], InvalidRequest),
+                       ([1] * 10**4, ContextOverflow)):
         with pytest.raises(error):
             next(model.generate(ids))
     with pytest.raises(InvalidRequest):
@@ -183,7 +188,8 @@ def test_a_closed_model_says_so(home):
     model = tinychat.load(golden("qwen2-a"), home=home, context_length=64, threads=1)
     model.close()
     model.close()
-    for call in (lambda: model.chat("x"), lambda: model.logits([1]), lambda: next(model.generate([1]))):
+    for call in (lambda: model.chat("x"), lambda: model.logits([1]),
+                 lambda: next(model.generate([1]))):
         with pytest.raises(TinychatError, match="closed"):
             call()
     assert model.detokenize(model.tokenize("still here")) == "still here"
@@ -191,7 +197,8 @@ def test_a_closed_model_says_so(home):
 
 def test_load_says_what_is_wrong(home, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
-    for name, error in (("nobody/nothing", ModelNotFound), (tmp_path / "absent.gguf", ModelNotFound),
+    for name, error in (("nobody/nothing", ModelNotFound),
+                        (tmp_path / "absent.gguf", ModelNotFound),
                         (tmp_path / "bad.gguf", ModelFileError)):
         with pytest.raises(error):
             tinychat.load(name, home=home)
@@ -210,7 +217,8 @@ def test_load_fetches_what_the_catalogue_has_and_says_so(tmp_path, monkeypatch, 
 
 def test_a_vocabulary_alone_tokenizes(tmp_path, model):
     with open_gguf(golden("qwen2-a")) as file:
-        fields = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.ggml.")}
+        fields = {key: value for key,
+                  value in file.metadata.items() if key.startswith("tokenizer.ggml.")}
     writer = GGUFWriter(tmp_path / "vocab.gguf", "qwen2")
     writer.add_tokenizer_model(fields["tokenizer.ggml.model"])
     writer.add_tokenizer_pre(fields["tokenizer.ggml.pre"])
@@ -260,14 +268,17 @@ def test_a_server_shares_a_loaded_model(model):
 
 def test_a_server_loads_the_models_named(tmp_path):
     put(tmp_path / "models" / "other.gguf", golden("llama3-a.Q4_0"))
-    with tinychat.serve([golden("qwen2-a")], port=0, home=tmp_path, threads=1, max_body_bytes=1000) as server:
+    with tinychat.serve([golden("qwen2-a")], port=0, home=tmp_path, threads=1,
+                        max_body_bytes=1000) as server:
         with urllib.request.urlopen(server.url + "/api/v1/models", timeout=WAIT_S) as answer:
             body = json.load(answer)
         assert check_models(body) == []
-        assert {m["key"]: len(m["loaded_instances"]) for m in body["models"]} == {"qwen2-a": 1, "other": 0}
+        assert {m["key"]: len(m["loaded_instances"]) for m in body["models"]} == {"qwen2-a": 1,
+                                                                                  "other": 0}
         id = post(server.url, {"model": "other", "input": "hi", **GREEDY})["response_id"]
     with tinychat.serve(port=0, home=tmp_path, threads=1) as server:
-        assert post(server.url, {"model": "other", "input": "hi", "previous_response_id": id, **GREEDY})
+        assert post(server.url,
+                    {"model": "other", "input": "hi", "previous_response_id": id, **GREEDY})
 
 
 def test_a_server_that_cannot_start_frees_what_it_had(tmp_path):

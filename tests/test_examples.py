@@ -18,7 +18,7 @@ def test_there_are_examples_numbered_without_gaps():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_short_and_runs(path, smollm2_path, tmp_path):
     assert len(path.read_text().splitlines()) < 60
-    done = subprocess.run([sys.executable, str(path), str(smollm2_path)], capture_output=True, text=True,
-                          timeout=TIMEOUT_S, cwd=tmp_path, env=environment(tmp_path))
+    done = subprocess.run([sys.executable, str(path), str(smollm2_path)], capture_output=True,
+                          text=True, timeout=TIMEOUT_S, cwd=tmp_path, env=environment(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() and "Traceback" not in done.stderr
