@@ -11,9 +11,9 @@ from setuptools import Extension, setup
 GENERATED = "kernels/_kernels.c"  # Cython writes it beside the .pyx
 
 # No -march: the files of one instruction set say so themselves, and dispatch.c chooses at run time.
-# Contraction is off so that a product and a sum round the same way in a vector loop and in its tail.
-COMPILE = ["-O3", "-std=gnu11", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-           "-fvisibility=hidden", "-g0"]
+# Contraction is off so that a product and a sum round alike in a vector loop and in its tail.
+COMPILE = ["-O3", "-std=gnu11", "-pthread", "-ffp-contract=off", "-fno-math-errno",
+           "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
 
 
 def kernels() -> list[Extension]:

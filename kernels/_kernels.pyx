@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=True, wraparound=False
 """Every entry that Python can call: it checks, releases the GIL, and calls C.
 
-tinychat/ops/native.py lowers a program to the arrays that Runner takes; kernels.h says what they mean.
+tinychat/ops/lowering.py makes the arrays that Runner takes; kernels.h says what they mean.
 """
 from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.stdlib cimport calloc, free
@@ -39,17 +39,17 @@ cdef const kernel_table *_table(str isa) except NULL:
         if table[0].isa.decode() == isa:
             return table[0]
         table += 1
-    raise ValueError(f"expected one of {', '.join(isa_levels())}, which this machine has, got {isa!r}")
+    raise ValueError(f"expected one of {', '.join(isa_levels())}, got {isa!r}")
 
 
-def activation_floats(int qtype, int64_t n_rows, int64_t n_cols) -> int:
-    """float32s that a row of n_cols takes once it is quantised for such a matrix; 0: it is used as it is.
+def activation_floats(int qtype, int64_t n_rows, int64_t n_cols) -> int | None:
+    """float32s that a row of n_cols takes once it is quantised for such a matrix; 0: it stays.
 
-    Raises: ValueError when the kernels cannot multiply with such a matrix.
+    None: no kernel multiplies with such a matrix.
     """
     cdef packed_matrix plan
     if linear_plan(qtype, n_rows, n_cols, &plan) < 0:
-        raise ValueError(f"no kernel multiplies with {n_rows}x{n_cols} weights of this type")
+        return None
     return linear_act_bytes(n_cols) // sizeof(float) if linear_wants_int8(&plan) else 0
 
 
@@ -61,13 +61,13 @@ cdef void *_allocate(size_t n, size_t size) except NULL:
 
 
 cdef class Runner:
-    """A lowered program with its weights and memory: step(...) runs it, sample(...) draws from its logits.
+    """A lowered program with its weights and memory: step runs it, sample draws from its logits.
 
     ops: structured array of op_fields and scalar; slots: (stride, is_outputs) each; logits: float32
-    (max_outputs, stride) 64-byte aligned, the memory of slot `logits_slot`; vectors: float32 1-D arrays;
-    matrices: (qtype, n_rows, n_cols, uint8 bytes, pack, is_mapped) each; ropes: (layout, inv_freq,
-    magnitude) each; kv: (n_head, n_head_kv, key_length, value_length) each.
-    Raises: ValueError, MemoryError. The indices inside `ops` are the lowering's own and are not checked.
+    (max_outputs, stride) 64-byte aligned, the memory of slot `logits_slot`; vectors: float32 1-D
+    arrays; matrices: (qtype, n_rows, n_cols, uint8 bytes, pack, is_mapped) each; ropes: (layout,
+    inv_freq, magnitude) each; kv: (n_head, n_head_kv, key_length, value_length) each.
+    Raises: ValueError, MemoryError. Indices inside `ops` are the lowering's own and not checked.
     """
 
     cdef runner r
@@ -75,9 +75,10 @@ cdef class Runner:
     cdef list keep
     cdef bint is_open
 
-    def __init__(self, str isa, int threads, *, const program_op[::1] ops, list slots, logits, int logits_slot,
-                 list vectors, list matrices, list ropes, list kv, bint kv_is_f16, int64_t n_vocab, int64_t n_ids,
-                 int64_t n_pages, int64_t max_tokens, int64_t max_outputs, int64_t max_sequences):
+    def __init__(self, str isa, int threads, *, const program_op[::1] ops, list slots, logits,
+                 int logits_slot, list vectors, list matrices, list ropes, list kv, bint kv_is_f16,
+                 int64_t n_vocab, int64_t n_ids, int64_t n_pages, int64_t max_tokens,
+                 int64_t max_outputs, int64_t max_sequences):
         if self.is_open:
             raise ValueError("a Runner is made once")
         if threads < 1 or min(n_pages, max_tokens, max_outputs, max_sequences) < 1:
@@ -138,10 +139,11 @@ cdef class Runner:
             m.qtype, m.n_rows, m.n_cols, m.is_mapped = qtype, n_rows, n_cols, is_mapped
             m.row_bytes = linear_row_bytes(qtype, n_cols)
             if m.row_bytes == 0 or source.shape[0] != m.row_bytes * n_rows:
-                raise ValueError(f"{n_rows}x{n_cols} weights of this type do not take {source.shape[0]} bytes")
+                raise ValueError(f"{n_rows}x{n_cols} weights of this type do not take "
+                                 f"{source.shape[0]} bytes")
             m.source = &source[0]
             if pack and linear_plan(qtype, n_rows, n_cols, &m.packed) < 0:
-                raise ValueError(f"no kernel multiplies with {n_rows}x{n_cols} weights of this type")
+                raise ValueError(f"no kernel takes {n_rows}x{n_cols} weights of this type")
 
     cdef _set_ropes(self, list ropes):
         cdef const float[::1] inv_freq
@@ -174,17 +176,21 @@ cdef class Runner:
     def kv_bytes(self) -> int:
         return self.r.kv_bytes
 
-    def step(self, const int32_t[::1] tokens, const int32_t[::1] positions, const int32_t[::1] sequences,
-             const int32_t[:, ::1] pages, const int32_t[::1] outputs) -> bool:
-        """Runs the program on a batch; the logits are then in their array. False: the batch is not acceptable."""
+    def step(self, const int32_t[::1] tokens, const int32_t[::1] positions,
+             const int32_t[::1] sequences, const int32_t[:, ::1] pages,
+             const int32_t[::1] outputs) -> bool:
+        """Runs the program on a batch; the logits are then in their array. False: refused."""
         cdef batch b
         cdef int64_t n = tokens.shape[0]
-        if not self.is_open or positions.shape[0] != n or sequences.shape[0] != n or n == 0 or pages.shape[1] == 0:
+        if not self.is_open or n == 0 or pages.shape[1] == 0:
+            return False
+        if positions.shape[0] != n or sequences.shape[0] != n:
             return False
         if not pool_is_ours(self.r.pool):
             raise ValueError("made before this process was forked: its threads are in the parent")
         b.tokens, b.positions, b.sequences = &tokens[0], &positions[0], &sequences[0]
-        b.n_tokens, b.n_sequences, b.max_pages, b.n_outputs = n, pages.shape[0], pages.shape[1], outputs.shape[0]
+        b.n_tokens, b.n_outputs = n, outputs.shape[0]
+        b.n_sequences, b.max_pages = pages.shape[0], pages.shape[1]
         b.pages = &pages[0, 0] if pages.shape[0] else NULL
         b.outputs = &outputs[0] if outputs.shape[0] else NULL
         cdef int accepted
@@ -194,20 +200,23 @@ cdef class Runner:
                 runner_step(&self.r, &b)
         return accepted
 
-    def sample(self, const float[::1] logits, const int64_t[::1] recent, double coin, *, double temperature,
-               double top_p, int64_t top_k, double min_p, double repeat_penalty) -> int:
+    def sample(self, const float[::1] logits, const int64_t[::1] recent, double coin, *,
+               double temperature, double top_p, int64_t top_k, double min_p,
+               double repeat_penalty) -> int:
         """A token id drawn from `logits` (n_vocab,); -1 when none is finite."""
         if not self.is_open or logits.shape[0] != self.memory.n_vocab:
-            raise ValueError(f"expected {self.memory.n_vocab} logits of an open Runner, got {logits.shape[0]}")
+            raise ValueError(f"expected {self.memory.n_vocab} logits of an open Runner, "
+                             f"got {logits.shape[0]}")
         cdef sample_params params = sample_params(temperature, top_p, min_p, repeat_penalty, top_k)
         cdef const int64_t *ids = &recent[0] if recent.shape[0] else NULL
         cdef int64_t id
         with nogil:
-            id = sample_logits(self.r.table, &self.memory, &logits[0], &params, ids, recent.shape[0], coin)
+            id = sample_logits(self.r.table, &self.memory, &logits[0], &params, ids,
+                               recent.shape[0], coin)
         return id
 
     def close(self):
-        """Ends the threads and frees the memory; the array of logits stays. Not while a step runs."""
+        """Ends the threads and frees the memory, but not the logits. Not while a step runs."""
         if not self.is_open:
             return
         self.is_open = False

@@ -10,7 +10,8 @@ static int has_f16c(void)
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
-/* NOTE: __builtin_cpu_supports also asks whether the operating system saves the wide registers (xgetbv). */
+/* NOTE: __builtin_cpu_supports also asks whether the operating system saves the wide registers
+ * (xgetbv). */
 static int has_avx2(void)
 {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
@@ -19,7 +20,8 @@ static int has_avx2(void)
 static int has_avx512_vnni(void)
 {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
 }
 #endif
 

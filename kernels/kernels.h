@@ -1,9 +1,11 @@
-/* What the C files of the native executor share: the program, the thread pool, the table of one instruction set.
+/* What the C files of the native executor share: the program, the thread pool, the table of one
+ * instruction set.
  *
- * A program is a flat list of operations over slots of memory (tinychat/ops/native.py lowers it). Every step, all
- * threads walk the list together (program.c); each operation says how its work is divided:
- *   rows   each thread takes a contiguous range of the step's tokens (or of its outputs), the same for every operation
- *   claims threads claim the next few tiles or (token, head) pairs from a counter until none is left
+ * A program is a flat list of operations over slots of memory (tinychat/ops/lowering.py makes it).
+ * Every step, all threads walk the list together (program.c). Work is divided in one of two ways:
+ *   rows    each thread takes a contiguous range of the step's tokens (or of its outputs), the
+ *           same for every operation
+ *   claims  threads claim the next few tiles, or the next (token, head) pair, until none is left
  */
 #ifndef TINYCHAT_KERNELS_H
 #define TINYCHAT_KERNELS_H
@@ -13,7 +15,7 @@
 
 #include "linear.h"
 
-#define PAGE_TOKENS 32 /* positions in one KV page; tinychat/ops/program.py has the same number, the binding checks */
+#define PAGE_TOKENS 32 /* positions in one KV page, as in tinychat/ops/program.py */
 #define MEMORY_ALIGN 64
 
 /* ---- threads.c: a pool whose threads spin briefly, then sleep ---- */
@@ -21,12 +23,16 @@
 typedef struct thread_pool thread_pool;
 typedef void (*pool_work)(void *arg, int thread); /* thread 0 is the caller of pool_run */
 
-thread_pool *pool_create(int n_threads); /* NULL when the threads cannot be had */
+/* NULL when the threads cannot be had */
+thread_pool *pool_create(int n_threads);
 int pool_size(const thread_pool *pool);
-void pool_run(thread_pool *pool, pool_work work, void *arg); /* returns when every thread has returned */
-void pool_barrier(thread_pool *pool, int thread);            /* inside pool_work: waits for all threads */
-void pool_destroy(thread_pool *pool);                        /* in a forked child it only forgets: threads do not survive a fork */
-int pool_is_ours(const thread_pool *pool);                   /* 0 in a forked child */
+/* returns when every thread has returned from `work` */
+void pool_run(thread_pool *pool, pool_work work, void *arg);
+/* inside `work`: waits for all threads */
+void pool_barrier(thread_pool *pool, int thread);
+/* 0 in a forked child, where the threads do not exist; pool_destroy then only forgets them */
+int pool_is_ours(const thread_pool *pool);
+void pool_destroy(thread_pool *pool);
 
 /* ---- the program ---- */
 
@@ -83,10 +89,13 @@ typedef struct {
     const char *isa;
     const linear_table *linear;
     /* x (n_groups * group): each group over its root mean square, times w (group) */
-    void (*rmsnorm)(const float *x, const float *w, int64_t n_groups, int64_t group, float eps, float *out);
-    /* table: cosines (n_rot) then signed sines (n_rot) of one position, see rope_table_row in program.c */
-    void (*rope)(const float *x, const float *table, int64_t n_heads, int64_t head_dim, int64_t n_rot, int layout, float *out);
-    void (*store_kv)(const kv_layer *kv, const float *k, const float *v, int32_t page, int32_t slot);
+    void (*rmsnorm)(const float *x, const float *w, int64_t n_groups, int64_t group, float eps,
+                    float *out);
+    /* table: cosines (n_rot), then signed sines (n_rot), of one position, from rope_table_row */
+    void (*rope)(const float *x, const float *table, int64_t n_heads, int64_t head_dim,
+                 int64_t n_rot, int layout, float *out);
+    void (*store_kv)(const kv_layer *kv, const float *k, const float *v, int32_t page,
+                     int32_t slot);
     void (*attend)(const attend_query *query, int32_t kv_head, float *scratch);
     void (*swiglu)(const float *gate, const float *up, int64_t n, float *out);
     void (*add)(const float *a, const float *b, float scale, int64_t n, float *out);
@@ -97,8 +106,8 @@ typedef struct {
     double (*exp_sum)(const float *x, int64_t n, float high, float scale);
 } kernel_table;
 
-/* Rows that rope, swiglu, add, scale and quantize see are 64-byte aligned, and memory goes on to the next multiple of
- * ROW_FLOATS: they may read and write that far. */
+/* Rows that rope, swiglu, add, scale and quantize see are 64-byte aligned, and memory goes on to
+ * the next multiple of ROW_FLOATS: they may read and write that far. */
 #define ROW_FLOATS 16
 
 extern const kernel_table kernels_scalar;
@@ -107,7 +116,9 @@ extern const kernel_table kernels_avx2;
 extern const kernel_table kernels_avx512_vnni;
 #endif
 
-/* ---- dispatch.c: the instruction sets of this processor, slowest first; NULL after the last ---- */
+/* ---- dispatch.c ---- */
+
+/* the instruction sets of this processor, slowest first; NULL after the last */
 const kernel_table *const *kernel_tables(void);
 
 /* ---- program.c ---- */
@@ -141,7 +152,9 @@ typedef struct {
     int64_t n_tokens, n_sequences, max_pages, n_outputs;
 } batch;
 
-typedef struct { _Atomic int32_t next; } claim_counter; /* the first item of an operation that nobody has claimed */
+typedef struct {
+    _Atomic int32_t next; /* the first item of an operation that nobody has claimed */
+} claim_counter;
 
 /* The binding fills it; every array has its n_; runner_build allocates the rest. Zeroed before. */
 typedef struct {
@@ -164,9 +177,12 @@ typedef struct {
     const batch *step;      /* while a step runs */
 } runner;
 
-const char *runner_build(runner *r);  /* allocates and packs; NULL, or what went wrong */
-int runner_accepts(runner *r, const batch *b); /* the meaning of Batch.check in tinychat/ops/program.py */
-void runner_step(runner *r, const batch *b);   /* a batch that was accepted */
+/* allocates and packs; NULL, or what went wrong */
+const char *runner_build(runner *r);
+/* 1: nothing that Batch.check in tinychat/ops/program.py would refuse */
+int runner_accepts(runner *r, const batch *b);
+/* a batch that was accepted */
+void runner_step(runner *r, const batch *b);
 void runner_free(runner *r);
 
 /* ---- sample.c: the twin of tinychat/ops/sampling.py ---- */
@@ -188,7 +204,8 @@ typedef struct {
 } sample_params;
 
 /* -1 when no logit is finite. recent: the ids to penalize, in any order, also twice. */
-int64_t sample_logits(const kernel_table *table, sample_memory *memory, const float *logits, const sample_params *params,
-                      const int64_t *recent, int64_t n_recent, double coin);
+int64_t sample_logits(const kernel_table *table, sample_memory *memory, const float *logits,
+                      const sample_params *params, const int64_t *recent, int64_t n_recent,
+                      double coin);
 
 #endif

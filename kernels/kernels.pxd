@@ -118,4 +118,5 @@ cdef extern from "kernels.h" nogil:
         int64_t top_k
 
     int64_t sample_logits(const kernel_table *table, sample_memory *memory, const float *logits,
-                          const sample_params *params, const int64_t *recent, int64_t n_recent, double coin)
+                          const sample_params *params, const int64_t *recent, int64_t n_recent,
+                          double coin)

@@ -16,9 +16,15 @@ typedef float vf __attribute__((vector_size(32)));
 static inline vf vf_set(float x) { return (vf)_mm256_set1_ps(x); }
 static inline vf vf_load(const float *x) { return (vf)_mm256_loadu_ps(x); }
 static inline void vf_store(float *x, vf v) { _mm256_storeu_ps(x, (__m256)v); }
-static inline vf vf_fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+static inline vf vf_fma(vf a, vf b, vf c)
+{
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 static inline vf vf_max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
-static inline vf vf_load_f16(const uint16_t *x) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x)); }
+static inline vf vf_load_f16(const uint16_t *x)
+{
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+}
 static inline void vf_store_f16(uint16_t *x, vf v)
 {
     _mm_storeu_si128((__m128i *)x, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));

@@ -1,11 +1,13 @@
 /* Everything between the matrix products, written once and compiled once per instruction set.
  *
- * The including file gives LANES (4, 8 or 16), the vector type vf of that many floats, and vf_load, vf_store, vf_set,
- * vf_fma (a * b + c), vf_max, vf_load_f16, vf_store_f16; then KERNELS, the name of the table, and ISA, LINEAR.
+ * The including file gives LANES (4, 8 or 16), the vector type vf of that many floats, and vf_load,
+ * vf_store, vf_set, vf_fma (a * b + c), vf_max, vf_load_f16, vf_store_f16; then KERNELS, the name
+ * of the table, and ISA, LINEAR.
  *
- * What is computed for one token is the same, operation by operation, whatever else is in the step. Sums run in LANES
- * fixed lanes that are added at the end in a fixed order. Plain loops are left to the compiler's vectorizer: without
- * contraction an elementwise loop rounds the same in its vectors and in its tail.
+ * What is computed for one token is the same, operation by operation, whatever else is in the step.
+ * Sums run in LANES fixed lanes that are added at the end in a fixed order. Plain loops are left to
+ * the compiler's vectorizer: without contraction an elementwise loop rounds the same in its vectors
+ * and in its tail.
  */
 #include <math.h>
 #include <string.h>
@@ -14,7 +16,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define PAGE_VECTORS (PAGE_TOKENS / LANES)
-#define HEADS_AT_ONCE (LANES / 4) /* so that scores and keys stay in registers: 16 lanes have 32 registers, 4 have 16 */
+#define HEADS_AT_ONCE (LANES / 4) /* scores and keys stay in registers: 16 lanes have 32 of them */
 
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 
@@ -49,15 +51,18 @@ INLINE vf vf_load_some(const float *x, int64_t n)
 }
 
 /* exp(x), within 2 ulp; 0 below -104, infinity above 88.73.
- * exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln 2 / 2; exp(r) by its Taylor polynomial of degree 7. */
+ * exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln 2 / 2; exp(r) by its Taylor polynomial of
+ * degree 7. */
 INLINE vf vf_exp(vf x)
 {
-    const vf magic = vf_set(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, found in the low bits */
+    /* 1.5 * 2^23: adding it rounds to an integer, found in the low bits */
+    const vf magic = vf_set(12582912.0f);
     x = vf_max(vf_set(-110.0f), x); /* in this order: a NaN stays one */
     x = -vf_max(vf_set(-110.0f), -x);
     const vf shifted = vf_fma(x, vf_set(1.44269504f), magic);
     const vf n = shifted - magic;
-    vf r = vf_fma(n, vf_set(-0.693359375f), x); /* ln 2 in two parts; the first has few bits, so n times it is exact */
+    /* ln 2 in two parts; the first has few bits, so n times it is exact */
+    vf r = vf_fma(n, vf_set(-0.693359375f), x);
     r = vf_fma(n, vf_set(2.12194440e-4f), r);
     vf p = vf_set(1.0f / 5040);
     p = vf_fma(p, r, vf_set(1.0f / 720));
@@ -72,7 +77,8 @@ INLINE vf vf_exp(vf x)
     return p * (vf)((half + 127) << 23) * (vf)((k - half + 127) << 23);
 }
 
-static void rmsnorm(const float *x, const float *w, int64_t n_groups, int64_t group, float eps, float *out)
+static void rmsnorm(const float *x, const float *w, int64_t n_groups, int64_t group, float eps,
+                    float *out)
 {
     const int64_t whole = group - group % LANES;
     for (int64_t g = 0; g < n_groups; g++, x += group, out += group) {
@@ -88,7 +94,8 @@ static void rmsnorm(const float *x, const float *w, int64_t n_groups, int64_t gr
 }
 
 /* out[i] = x[i] * cos[i] + x[partner of i] * sin[i]; sin is negative for the first of a pair */
-static void rope_rows(const float *x, const float *table, int64_t n_heads, int64_t head_dim, int64_t n_rot, int layout, float *out)
+static void rope_rows(const float *x, const float *table, int64_t n_heads, int64_t head_dim,
+                      int64_t n_rot, int layout, float *out)
 {
     const float *restrict cosine = table, *restrict sine = table + n_rot;
     const int64_t half = n_rot / 2;
@@ -119,7 +126,8 @@ static void swiglu(const float *gate, const float *up, int64_t n, float *out)
     }
 }
 
-static void add(const float *restrict a, const float *restrict b, float scale, int64_t n, float *restrict out)
+static void add(const float *restrict a, const float *restrict b, float scale, int64_t n,
+                float *restrict out)
 {
     for (int64_t i = 0; i < n; i++)
         out[i] = a[i] + scale * b[i];
@@ -156,7 +164,8 @@ INLINE void store_f16(uint16_t *to, int64_t stride, const float *from, int64_t n
 
 static void store_kv(const kv_layer *kv, const float *k, const float *v, int32_t page, int32_t slot)
 {
-    const int64_t n_kv = kv->shape.n_head_kv, n_key = kv->shape.key_length, n_value = kv->shape.value_length;
+    const int64_t n_kv = kv->shape.n_head_kv, n_key = kv->shape.key_length,
+                  n_value = kv->shape.value_length;
     for (int64_t h = 0; h < n_kv; h++, k += n_key, v += n_value) {
         uint8_t *key = key_block(kv, page, h), *value = value_block(kv, page, h);
         if (kv->is_f16) {
@@ -165,25 +174,28 @@ static void store_kv(const kv_layer *kv, const float *k, const float *v, int32_t
         } else {
             for (int64_t i = 0; i < n_key; i++)
                 ((float *)key)[i * PAGE_TOKENS + slot] = k[i];
-            memcpy((float *)value + (int64_t)slot * kv->value_stride, v, (size_t)n_value * sizeof(float));
+            memcpy((float *)value + (int64_t)slot * kv->value_stride, v,
+                   (size_t)n_value * sizeof(float));
         }
     }
 }
 
 /* ---- attention ----
- * Page by page, in order of position, with the online softmax: m the highest score so far, l the sum of exp(score - m)
- * in lanes, o the values weighted alike; a higher m rescales l and o. Source: Milakov and Gimelshein,
- * "Online normalizer calculation for softmax". */
+ * Page by page, in order of position, with the online softmax: m the highest score so far, l the
+ * sum of exp(score - m) in lanes, o the values weighted alike; a higher m rescales l and o. Source:
+ * Milakov and Gimelshein, "Online normalizer calculation for softmax". */
 
 INLINE vf load_kv(const uint8_t *block, int64_t i, const int is_f16)
 {
     return is_f16 ? vf_load_f16((const uint16_t *)block + i) : vf_load((const float *)block + i);
 }
 
-/* scores[h][slot] = q_h . key_slot for the slots of one page; q: n_heads rows of n_key. The lines of `next`, wanted
- * soon, are fetched on the way: one head's blocks lie too far apart for the processor to foresee them. */
-INLINE void score_page(const uint8_t *keys, const float *q, int64_t n_key, const int n_heads, const int is_f16,
-                       const uint8_t *next, vf scores[HEADS_AT_ONCE][PAGE_VECTORS])
+/* scores[h][slot] = q_h . key_slot for the slots of one page; q: n_heads rows of n_key. The lines
+ * of `next`, wanted soon, are fetched on the way: one head's blocks lie too far apart for the
+ * processor to foresee them. */
+INLINE void score_page(const uint8_t *keys, const float *q, int64_t n_key, const int n_heads,
+                       const int is_f16, const uint8_t *next,
+                       vf scores[HEADS_AT_ONCE][PAGE_VECTORS])
 {
     vf sum[HEADS_AT_ONCE][PAGE_VECTORS];
 #pragma GCC unroll 8
@@ -210,10 +222,11 @@ INLINE void score_page(const uint8_t *keys, const float *q, int64_t n_key, const
             scores[h][j] = sum[h][j];
 }
 
-/* o[h][c..] = o[h][c..] * rescale[h] + sum over slots [lo, hi) of weights[h][slot] * value_slot[c..], n_vectors of them */
-INLINE void weigh_columns(const uint8_t *values, int64_t stride, int64_t c, int lo, int hi, const float *weights,
-                          const float *rescale, const int n_heads, const int n_vectors, const int is_f16,
-                          const uint8_t *next, float *o)
+/* o[h][c..] = o[h][c..] * rescale[h] + sum of weights[h][slot] * value_slot[c..] over the slots
+ * [lo, hi), n_vectors of them */
+INLINE void weigh_columns(const uint8_t *values, int64_t stride, int64_t c, int lo, int hi,
+                          const float *weights, const float *rescale, const int n_heads,
+                          const int n_vectors, const int is_f16, const uint8_t *next, float *o)
 {
     vf sum[HEADS_AT_ONCE][4];
 #pragma GCC unroll 8
@@ -241,8 +254,10 @@ INLINE void weigh_columns(const uint8_t *values, int64_t stride, int64_t c, int 
             vf_store(o + h * stride + c + j * LANES, sum[h][j]);
 }
 
-/* Scores of one head and page -> weights[slot] = exp(score - m), 0 outside [lo, hi). Returns exp(old m - m). */
-INLINE float soften_page(const vf *scores, float scale, int lo, int hi, float *m, vf *l, float *weights)
+/* Scores of one head and page -> weights[slot] = exp(score - m), 0 outside [lo, hi). Returns
+ * exp(old m - m). */
+INLINE float soften_page(const vf *scores, float scale, int lo, int hi, float *m, vf *l,
+                         float *weights)
 {
     static const int32_t slots[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const vf nothing = vf_set(-INFINITY);
@@ -268,11 +283,14 @@ INLINE float soften_page(const vf *scores, float scale, int lo, int hi, float *m
 }
 
 /* n_heads query heads from `head` on, which share kv_head */
-INLINE void attend_heads(const attend_query *a, int32_t kv_head, int64_t head, const int n_heads, const int is_f16, float *scratch)
+INLINE void attend_heads(const attend_query *a, int32_t kv_head, int64_t head, const int n_heads,
+                         const int is_f16, float *scratch)
 {
     const kv_layer *kv = a->kv;
-    const int64_t n_key = kv->shape.key_length, n_value = kv->shape.value_length, stride = kv->value_stride;
-    const int32_t first = a->window > 0 && a->position >= a->window ? a->position - a->window + 1 : 0;
+    const int64_t n_key = kv->shape.key_length, n_value = kv->shape.value_length,
+                  stride = kv->value_stride;
+    const int32_t first =
+        a->window > 0 && a->position >= a->window ? a->position - a->window + 1 : 0;
     const float *q = a->q + head * n_key;
     float weights[HEADS_AT_ONCE * PAGE_TOKENS], rescale[HEADS_AT_ONCE], m[HEADS_AT_ONCE];
     vf l[HEADS_AT_ONCE], scores[HEADS_AT_ONCE][PAGE_VECTORS];
@@ -285,16 +303,21 @@ INLINE void attend_heads(const attend_query *a, int32_t kv_head, int64_t head, c
         const int32_t start = p * PAGE_TOKENS;
         const int lo = first > start ? first - start : 0;
         const int hi = a->position - start < PAGE_TOKENS ? a->position - start + 1 : PAGE_TOKENS;
-        const uint8_t *keys = key_block(kv, a->pages[p], kv_head), *values = value_block(kv, a->pages[p], kv_head);
-        const uint8_t *next = p < a->position / PAGE_TOKENS ? key_block(kv, a->pages[p + 1], kv_head) : keys;
+        const uint8_t *keys = key_block(kv, a->pages[p], kv_head),
+                      *values = value_block(kv, a->pages[p], kv_head);
+        const uint8_t *next =
+            p < a->position / PAGE_TOKENS ? key_block(kv, a->pages[p + 1], kv_head) : keys;
         score_page(keys, q, n_key, n_heads, is_f16, values, scores);
         for (int h = 0; h < n_heads; h++)
-            rescale[h] = soften_page(scores[h], a->scale, lo, hi, &m[h], &l[h], weights + h * PAGE_TOKENS);
+            rescale[h] =
+                soften_page(scores[h], a->scale, lo, hi, &m[h], &l[h], weights + h * PAGE_TOKENS);
         int64_t c = 0;
         for (; c + 4 * LANES <= stride; c += 4 * LANES)
-            weigh_columns(values, stride, c, lo, hi, weights, rescale, n_heads, 4, is_f16, next, scratch);
+            weigh_columns(values, stride, c, lo, hi, weights, rescale, n_heads, 4, is_f16, next,
+                          scratch);
         for (; c < stride; c += LANES)
-            weigh_columns(values, stride, c, lo, hi, weights, rescale, n_heads, 1, is_f16, next, scratch);
+            weigh_columns(values, stride, c, lo, hi, weights, rescale, n_heads, 1, is_f16, next,
+                          scratch);
     }
     for (int h = 0; h < n_heads; h++) {
         const float total = lanes_sum(l[h]);
@@ -304,10 +327,10 @@ INLINE void attend_heads(const attend_query *a, int32_t kv_head, int64_t head, c
     }
 }
 
-#define ATTEND(name, n_heads, is_f16)                                                                          \
-    static void name(const attend_query *a, int32_t kv_head, int64_t head, float *scratch)                     \
-    {                                                                                                          \
-        attend_heads(a, kv_head, head, n_heads, is_f16, scratch);                                              \
+#define ATTEND(name, n_heads, is_f16)                                                              \
+    static void name(const attend_query *a, int32_t kv_head, int64_t head, float *scratch)         \
+    {                                                                                              \
+        attend_heads(a, kv_head, head, n_heads, is_f16, scratch);                                  \
     }
 typedef void (*attend_some)(const attend_query *a, int32_t kv_head, int64_t head, float *scratch);
 ATTEND(attend_1_f32, 1, 0)
@@ -385,8 +408,15 @@ static double exp_sum(const float *x, int64_t n, float high, float scale)
 }
 
 const kernel_table KERNELS = {
-    .isa = ISA, .linear = &LINEAR,
-    .rmsnorm = rmsnorm, .rope = rope_rows, .store_kv = store_kv, .attend = attend,
-    .swiglu = swiglu, .add = add, .scale = scale_row,
-    .group_maxima = group_maxima, .exp_sum = exp_sum,
+    .isa = ISA,
+    .linear = &LINEAR,
+    .rmsnorm = rmsnorm,
+    .rope = rope_rows,
+    .store_kv = store_kv,
+    .attend = attend,
+    .swiglu = swiglu,
+    .add = add,
+    .scale = scale_row,
+    .group_maxima = group_maxima,
+    .exp_sum = exp_sum,
 };

@@ -1,4 +1,5 @@
-/* 4 lanes of portable C: what every processor has. The vector type is the compiler's own; no instruction is named. */
+/* 4 lanes of portable C: what every processor has. The vector type is the compiler's own; no
+ * instruction is named. */
 #include <stdint.h>
 #include <string.h>
 
@@ -17,7 +18,10 @@ static inline vf vf_load(const float *x)
 }
 
 static inline void vf_store(float *x, vf v) { memcpy(x, &v, sizeof v); }
-static inline vf vf_fma(vf a, vf b, vf c) { return a * b + c; } /* rounded twice: fmaf without the instruction is slow */
+static inline vf vf_fma(vf a, vf b, vf c)
+{
+    return a * b + c;
+} /* rounded twice: fmaf without the instruction is slow */
 
 static inline vf vf_max(vf a, vf b)
 {
@@ -31,7 +35,8 @@ static inline vf vf_load_f16(const uint16_t *x)
     return (vf){float_of_f16(x[0]), float_of_f16(x[1]), float_of_f16(x[2]), float_of_f16(x[3])};
 }
 
-/* round to nearest, ties to even; too large becomes infinity, NaN stays one. Source: F. Giesen, float_to_half_fast3_rtne */
+/* round to nearest, ties to even; too large becomes infinity, NaN stays one. Source: F. Giesen,
+ * float_to_half_fast3_rtne */
 static inline uint16_t f16_of_float(float x)
 {
     uint32_t bits;
@@ -40,7 +45,8 @@ static inline uint16_t f16_of_float(float x)
     bits &= 0x7fffffff;
     if (bits >= 0x47800000) /* 65536 and above, infinity, NaN */
         return (uint16_t)(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00));
-    if (bits < 0x38800000) { /* below 2^-14: adding 0.5 leaves the subnormal's bits, rounded, at the bottom */
+    if (bits < 0x38800000) { /* below 2^-14: adding 0.5 leaves the subnormal's bits, rounded, at the
+                                bottom */
         float shifted;
         memcpy(&shifted, &bits, sizeof shifted);
         shifted += 0.5f;

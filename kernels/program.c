@@ -1,4 +1,5 @@
-/* One step: every thread walks the list of operations, doing its part of each. Memory is allocated once, here. */
+/* One step: every thread walks the list of operations, doing its part of each. Memory is allocated
+ * once, here. */
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -8,8 +9,9 @@
 
 #include "kernels.h"
 
-/* How a product is cut. A claim is a share of the tiles left, at least CLAIM_BYTES of weights for each token, so that
- * claiming costs little; within a claim, TILES_AT_ONCE tiles stay in the cache while TOKENS_AT_ONCE pass by. */
+/* How a product is cut. A claim is a share of the tiles left, at least CLAIM_BYTES of weights for
+ * each token, so that claiming costs little; within a claim, TILES_AT_ONCE tiles stay in the cache
+ * while TOKENS_AT_ONCE pass by. */
 enum { CLAIM_BYTES = 16384, TILES_AT_ONCE = 8, TOKENS_AT_ONCE = 128 };
 
 typedef struct {
@@ -20,15 +22,23 @@ static inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-static inline float *row(const runner *r, int32_t slot, int64_t i) { return r->slots[slot].data + i * r->slots[slot].stride; }
+static inline float *row(const runner *r, int32_t slot, int64_t i)
+{
+    return r->slots[slot].data + i * r->slots[slot].stride;
+}
 
-static int64_t n_rows(const runner *r, const program_op *op) { return op->outputs ? r->step->n_outputs : r->step->n_tokens; }
+static int64_t n_rows(const runner *r, const program_op *op)
+{
+    return op->outputs ? r->step->n_outputs : r->step->n_tokens;
+}
 
-/* This thread's rows: the same for every operation of a step, so that rows pass from one to the next without waiting. */
+/* This thread's rows: the same for every operation of a step, so that rows pass from one to the
+ * next without waiting. */
 static range my_rows(const runner *r, const program_op *op, int thread)
 {
     const int64_t n = n_rows(r, op), threads = pool_size(r->pool);
-    return (range){(n * thread + threads - 1) / threads, (n * (thread + 1) + threads - 1) / threads};
+    return (range){(n * thread + threads - 1) / threads,
+                   (n * (thread + 1) + threads - 1) / threads};
 }
 
 /* The next items of this operation that nobody has claimed: many at first, few at the end. */
@@ -41,7 +51,8 @@ static int claim(runner *r, const program_op *op, int64_t total, int64_t least, 
         if (begin >= total)
             return 0;
         n = at_most(at_least((total - begin) / (2 * pool_size(r->pool)), least), total - begin);
-    } while (!atomic_compare_exchange_weak_explicit(next, &begin, begin + (int32_t)n, memory_order_relaxed, memory_order_relaxed));
+    } while (!atomic_compare_exchange_weak_explicit(next, &begin, begin + (int32_t)n,
+                                                    memory_order_relaxed, memory_order_relaxed));
     *out = (range){begin, begin + n};
     return 1;
 }
@@ -55,14 +66,17 @@ static void run_embed(runner *r, const program_op *op, int thread)
     const matrix *m = &r->matrices[op->weight];
     const range rows = my_rows(r, op, thread);
     for (int64_t t = rows.begin; t < rows.end; t++)
-        r->table->linear->dequantize_row(m->qtype, m->source + (size_t)r->step->tokens[t] * m->row_bytes, m->n_cols, row(r, op->out, t));
+        r->table->linear->dequantize_row(m->qtype,
+                                         m->source + (size_t)r->step->tokens[t] * m->row_bytes,
+                                         m->n_cols, row(r, op->out, t));
 }
 
 static void run_rmsnorm(runner *r, const program_op *op, int thread)
 {
     const range rows = my_rows(r, op, thread);
     for (int64_t t = rows.begin; t < rows.end; t++)
-        r->table->rmsnorm(row(r, op->a, t), r->vectors[op->weight], op->width / op->head_dim, op->head_dim, op->scalar, row(r, op->out, t));
+        r->table->rmsnorm(row(r, op->a, t), r->vectors[op->weight], op->width / op->head_dim,
+                          op->head_dim, op->scalar, row(r, op->out, t));
 }
 
 static void run_quantize(runner *r, const program_op *op, int thread)
@@ -77,25 +91,29 @@ static void run_linear(runner *r, const program_op *op, int thread)
     (void)thread;
     const packed_matrix *m = &r->matrices[op->weight].packed;
     const float *bias = op->bias < 0 ? NULL : r->vectors[op->bias];
-    const int64_t tokens = n_rows(r, op), stride = r->slots[op->a].stride, ld = r->slots[op->out].stride;
+    const int64_t tokens = n_rows(r, op), stride = r->slots[op->a].stride,
+                  ld = r->slots[op->out].stride;
     const int64_t least = at_least(CLAIM_BYTES / (int64_t)m->tile_bytes / at_least(tokens, 1), 1);
     range tiles;
     while (tokens > 0 && claim(r, op, linear_tiles(m), least, &tiles))
         for (int64_t tile = tiles.begin; tile < tiles.end; tile += TILES_AT_ONCE)
             for (int64_t t = 0; t < tokens; t += TOKENS_AT_ONCE)
-                r->table->linear->linear(m, row(r, op->a, t), (size_t)stride * sizeof(float), at_most(tokens - t, TOKENS_AT_ONCE), bias,
-                                         row(r, op->out, t), ld, tile, at_most(tile + TILES_AT_ONCE, tiles.end));
+                r->table->linear->linear(m, row(r, op->a, t), (size_t)stride * sizeof(float),
+                                         at_most(tokens - t, TOKENS_AT_ONCE), bias,
+                                         row(r, op->out, t), ld, tile,
+                                         at_most(tile + TILES_AT_ONCE, tiles.end));
 }
 
-/* Cosines, then sines with the sign that the first of a pair needs, of position * inv_freq. The angle is rounded to
- * float32 as in the reference; its cosine is exact. */
+/* Cosines, then sines with the sign that the first of a pair needs, of position * inv_freq. The
+ * angle is rounded to float32 as in the reference; its cosine is exact. */
 static void rope_table_row(const rope *p, int32_t position, float *table)
 {
     for (int32_t i = 0; i < p->n_rot / 2; i++) {
         const double angle = (double)((float)position * p->inv_freq[i]);
         const int32_t first = p->layout == ROPE_HALVES ? i : 2 * i;
         const int32_t second = p->layout == ROPE_HALVES ? i + p->n_rot / 2 : 2 * i + 1;
-        const float cosine = (float)cos(angle) * p->magnitude, sine = (float)sin(angle) * p->magnitude;
+        const float cosine = (float)cos(angle) * p->magnitude,
+                    sine = (float)sin(angle) * p->magnitude;
         table[first] = table[second] = cosine;
         table[p->n_rot + first] = -sine;
         table[p->n_rot + second] = sine;
@@ -114,17 +132,22 @@ static void run_rope(runner *r, const program_op *op, int thread)
     const rope *p = &r->ropes[op->layer];
     const range rows = my_rows(r, op, thread);
     for (int64_t t = rows.begin; t < rows.end; t++)
-        r->table->rope(row(r, op->a, t), row(r, op->b, t), op->width / op->head_dim, op->head_dim, p->n_rot, p->layout, row(r, op->out, t));
+        r->table->rope(row(r, op->a, t), row(r, op->b, t), op->width / op->head_dim, op->head_dim,
+                       p->n_rot, p->layout, row(r, op->out, t));
 }
 
-static const int32_t *pages_of(const batch *b, int64_t t) { return b->pages + b->sequences[t] * b->max_pages; }
+static const int32_t *pages_of(const batch *b, int64_t t)
+{
+    return b->pages + b->sequences[t] * b->max_pages;
+}
 
 static void run_store_kv(runner *r, const program_op *op, int thread)
 {
     const batch *b = r->step;
     const range rows = my_rows(r, op, thread);
     for (int64_t t = rows.begin; t < rows.end; t++)
-        r->table->store_kv(&r->kv[op->layer], row(r, op->a, t), row(r, op->b, t), pages_of(b, t)[b->positions[t] / PAGE_TOKENS],
+        r->table->store_kv(&r->kv[op->layer], row(r, op->a, t), row(r, op->b, t),
+                           pages_of(b, t)[b->positions[t] / PAGE_TOKENS],
                            b->positions[t] % PAGE_TOKENS);
 }
 
@@ -158,7 +181,8 @@ static void run_add(runner *r, const program_op *op, int thread)
 {
     const range rows = my_rows(r, op, thread);
     for (int64_t t = rows.begin; t < rows.end; t++)
-        r->table->add(row(r, op->a, t), row(r, op->b, t), op->scalar, op->width, row(r, op->out, t));
+        r->table->add(row(r, op->a, t), row(r, op->b, t), op->scalar, op->width,
+                      row(r, op->out, t));
 }
 
 static void run_scale(runner *r, const program_op *op, int thread)
@@ -172,13 +196,15 @@ static void run_outputs(runner *r, const program_op *op, int thread)
 {
     const range rows = my_rows(r, op, thread);
     for (int64_t i = rows.begin; i < rows.end; i++)
-        memcpy(row(r, op->out, i), row(r, op->a, r->step->outputs[i]), (size_t)op->width * sizeof(float));
+        memcpy(row(r, op->out, i), row(r, op->a, r->step->outputs[i]),
+               (size_t)op->width * sizeof(float));
 }
 
 static const run_op run_table[OP_KINDS] = {
-    [OP_EMBED] = run_embed, [OP_RMSNORM] = run_rmsnorm, [OP_QUANTIZE] = run_quantize, [OP_LINEAR] = run_linear,
-    [OP_ROPE_TABLE] = run_rope_table, [OP_ROPE] = run_rope, [OP_STORE_KV] = run_store_kv, [OP_ATTEND] = run_attend,
-    [OP_SWIGLU] = run_swiglu, [OP_ADD] = run_add, [OP_SCALE] = run_scale, [OP_OUTPUTS] = run_outputs,
+    [OP_EMBED] = run_embed,       [OP_RMSNORM] = run_rmsnorm,       [OP_QUANTIZE] = run_quantize,
+    [OP_LINEAR] = run_linear,     [OP_ROPE_TABLE] = run_rope_table, [OP_ROPE] = run_rope,
+    [OP_STORE_KV] = run_store_kv, [OP_ATTEND] = run_attend,         [OP_SWIGLU] = run_swiglu,
+    [OP_ADD] = run_add,           [OP_SCALE] = run_scale,           [OP_OUTPUTS] = run_outputs,
 };
 
 static void walk(void *arg, int thread)
@@ -222,16 +248,19 @@ static int sequences_fit(runner *r, const batch *b)
         *last = b->positions[t];
     }
     for (int64_t s = 0; s < b->n_sequences; s++)
-        if (r->last[s] >= 0 && !all_below(b->pages + s * b->max_pages, r->last[s] / PAGE_TOKENS + 1, r->n_pages))
+        if (r->last[s] >= 0 &&
+            !all_below(b->pages + s * b->max_pages, r->last[s] / PAGE_TOKENS + 1, r->n_pages))
             return 0;
     return 1;
 }
 
 int runner_accepts(runner *r, const batch *b)
 {
-    return b->n_tokens >= 1 && b->n_tokens <= r->max_tokens && b->n_sequences >= 1 && b->n_sequences <= r->max_sequences &&
-           b->n_outputs <= r->max_outputs && all_below(b->tokens, b->n_tokens, r->n_ids) &&
-           all_below(b->sequences, b->n_tokens, b->n_sequences) && all_below(b->outputs, b->n_outputs, b->n_tokens) &&
+    return b->n_tokens >= 1 && b->n_tokens <= r->max_tokens && b->n_sequences >= 1 &&
+           b->n_sequences <= r->max_sequences && b->n_outputs <= r->max_outputs &&
+           all_below(b->tokens, b->n_tokens, r->n_ids) &&
+           all_below(b->sequences, b->n_tokens, b->n_sequences) &&
+           all_below(b->outputs, b->n_outputs, b->n_tokens) &&
            all_below(b->positions, b->n_tokens, b->max_pages * PAGE_TOKENS) && sequences_fit(r, b);
 }
 
@@ -249,7 +278,10 @@ static uint8_t *map_memory(size_t n_bytes)
     return memory;
 }
 
-static int64_t slot_rows(const runner *r, const slot *s) { return s->outputs ? r->max_outputs : r->max_tokens; }
+static int64_t slot_rows(const runner *r, const slot *s)
+{
+    return s->outputs ? r->max_outputs : r->max_tokens;
+}
 
 static int place_slots(runner *r)
 {
@@ -279,7 +311,8 @@ static int place_kv(runner *r)
         kv->value_stride = (int32_t)round_up(kv->shape.value_length, ROW_FLOATS);
         kv->key_block_bytes = element * PAGE_TOKENS * (size_t)kv->shape.key_length;
         kv->value_block_bytes = element * PAGE_TOKENS * (size_t)kv->value_stride;
-        r->kv_bytes += (kv->key_block_bytes + kv->value_block_bytes) * (size_t)kv->shape.n_head_kv * (size_t)r->n_pages;
+        r->kv_bytes += (kv->key_block_bytes + kv->value_block_bytes) * (size_t)kv->shape.n_head_kv *
+                       (size_t)r->n_pages;
         /* attend works on up to four heads at a time */
         r->scratch_floats = (size_t)at_least((int64_t)r->scratch_floats, 4 * kv->value_stride);
     }
@@ -296,7 +329,10 @@ static int place_kv(runner *r)
     return 0;
 }
 
-static size_t packed_bytes(const packed_matrix *m) { return m->tile_bytes ? (size_t)linear_tiles(m) * m->tile_bytes : 0; }
+static size_t packed_bytes(const packed_matrix *m)
+{
+    return m->tile_bytes ? (size_t)linear_tiles(m) * m->tile_bytes : 0;
+}
 
 static int place_weights(runner *r)
 {
@@ -313,11 +349,13 @@ static int place_weights(runner *r)
     return 0;
 }
 
-/* The whole pages of these bytes of a mapped file leave memory; a later look reads them from the file again. */
+/* The whole pages of these bytes of a mapped file leave memory; a later look reads them from the
+ * file again. */
 static void give_back(const uint8_t *begin, const uint8_t *end)
 {
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    const uintptr_t first = ((uintptr_t)begin + page - 1) / page * page, last = (uintptr_t)end / page * page;
+    const uintptr_t first = ((uintptr_t)begin + page - 1) / page * page,
+                    last = (uintptr_t)end / page * page;
     if (first < last)
         madvise((void *)first, last - first, MADV_DONTNEED);
 }
@@ -330,7 +368,8 @@ static void pack(void *arg, int thread)
         const matrix *m = &r->matrices[i];
         if (!m->packed.tile_bytes)
             continue;
-        const int64_t tiles = linear_tiles(&m->packed), begin = tiles * thread / threads, end = tiles * (thread + 1) / threads;
+        const int64_t tiles = linear_tiles(&m->packed), begin = tiles * thread / threads,
+                      end = tiles * (thread + 1) / threads;
         linear_pack(&m->packed, m->source, begin, end);
         if (m->is_mapped)
             give_back(m->source + (size_t)begin * TILE_ROWS * m->row_bytes,

@@ -1,5 +1,5 @@
-/* The twin of tinychat/ops/sampling.py, which says what is meant. The vocabulary is read once or twice by vectors; only
- * the few tokens that can be chosen are ranked. */
+/* The twin of tinychat/ops/sampling.py, which says what is meant. The vocabulary is read once or
+ * twice by vectors; only the few tokens that can be chosen are ranked. */
 #include <float.h>
 #include <math.h>
 #include <stdlib.h>
@@ -7,14 +7,15 @@
 
 #include "kernels.h"
 
-enum { FIRST_RANKS = 64, MORE_RANKS = 8 }; /* without top_k: how many to rank first, and how many times more if they do not do */
+/* Without top_k: how many to rank first, and how many times more when they do not do. */
+enum { FIRST_RANKS = 64, MORE_RANKS = 8 };
 
 typedef struct {
     const kernel_table *table;
     sample_memory *memory;
     const float *x; /* logits, penalized */
     int64_t n, n_groups;
-    float high;     /* the highest finite logit */
+    float high; /* the highest finite logit */
 } row;
 
 static int is_finite(float x) { return x >= -FLT_MAX && x <= FLT_MAX; }
@@ -24,18 +25,21 @@ static int is_finite(float x) { return x >= -FLT_MAX && x <= FLT_MAX; }
 static float penalize(float x, double penalty)
 {
     const double y = x > 0 ? (double)x / penalty : (double)x * penalty;
-    return (float)(y > (double)FLT_MAX ? (double)FLT_MAX : y < -(double)FLT_MAX ? -(double)FLT_MAX : y);
+    return (float)fmin(fmax(y, -(double)FLT_MAX), (double)FLT_MAX);
 }
 
-/* Each id once: one that was penalized before differs from its logit, or the penalty does not move it. */
-static const float *penalized(sample_memory *memory, const float *logits, double penalty, const int64_t *recent, int64_t n_recent)
+/* Each id once: one that was penalized before differs from its logit, or the penalty does not move
+ * it. */
+static const float *penalized(sample_memory *memory, const float *logits, double penalty,
+                              const int64_t *recent, int64_t n_recent)
 {
     if (penalty == 1.0 || n_recent == 0)
         return logits;
     memcpy(memory->penalized, logits, (size_t)memory->n_vocab * sizeof *logits);
     for (int64_t i = 0; i < n_recent; i++) {
         const int64_t id = recent[i];
-        if (id >= 0 && id < memory->n_vocab && is_finite(logits[id]) && memory->penalized[id] == logits[id])
+        if (id >= 0 && id < memory->n_vocab && is_finite(logits[id]) &&
+            memory->penalized[id] == logits[id])
             memory->penalized[id] = penalize(logits[id], penalty);
     }
     return memory->penalized;
@@ -43,9 +47,15 @@ static const float *penalized(sample_memory *memory, const float *logits, double
 
 /* ---- ranking: by value descending, then id ascending ---- */
 
-static int before(ranked a, ranked b) { return a.value > b.value || (a.value == b.value && a.id < b.id); }
+static int before(ranked a, ranked b)
+{
+    return a.value > b.value || (a.value == b.value && a.id < b.id);
+}
 
-static int compare(const void *a, const void *b) { return before(*(const ranked *)a, *(const ranked *)b) ? -1 : 1; }
+static int compare(const void *a, const void *b)
+{
+    return before(*(const ranked *)a, *(const ranked *)b) ? -1 : 1;
+}
 
 static void swap(ranked *a, ranked *b)
 {
@@ -54,28 +64,39 @@ static void swap(ranked *a, ranked *b)
     *b = c;
 }
 
-/* Moves the k that rank first to the front. Source: Hoare, "Algorithm 65: find"; the pivot is the median of three. */
+/* Moves the k that rank first to the front. Source: Hoare, "Algorithm 65: find"; the pivot is the
+ * median of three. */
 static void select_first(ranked *r, int64_t n, int64_t k)
 {
     for (int64_t low = 0, high = n - 1; low < high;) {
         const int64_t middle = low + (high - low) / 2;
-        if (before(r[middle], r[low])) swap(&r[middle], &r[low]);
-        if (before(r[high], r[low])) swap(&r[high], &r[low]);
-        if (before(r[high], r[middle])) swap(&r[high], &r[middle]);
+        if (before(r[middle], r[low]))
+            swap(&r[middle], &r[low]);
+        if (before(r[high], r[low]))
+            swap(&r[high], &r[low]);
+        if (before(r[high], r[middle]))
+            swap(&r[high], &r[middle]);
         const ranked pivot = r[middle];
         int64_t i = low, j = high;
         while (i <= j) {
-            while (before(r[i], pivot)) i++;
-            while (before(pivot, r[j])) j--;
-            if (i <= j) swap(&r[i++], &r[j--]);
+            while (before(r[i], pivot))
+                i++;
+            while (before(pivot, r[j]))
+                j--;
+            if (i <= j)
+                swap(&r[i++], &r[j--]);
         }
-        if (k - 1 <= j) high = j;
-        else if (k - 1 >= i) low = i;
-        else return;
+        if (k - 1 <= j)
+            high = j;
+        else if (k - 1 >= i)
+            low = i;
+        else
+            return;
     }
 }
 
-/* A value that at least k tokens reach, if there are so many: the k-th highest of the groups' maxima. */
+/* A value that at least k tokens reach, if there are so many: the k-th highest of the groups'
+ * maxima. */
 static float floor_of(row *r, int64_t k)
 {
     if (k > r->n_groups)
@@ -128,7 +149,10 @@ static int64_t highest(const row *r)
 
 /* ---- filters on the ranking; x = value - highest ---- */
 
-static double above_high(const row *r, int64_t i) { return (double)r->memory->ranking[i].value - (double)r->high; }
+static double above_high(const row *r, int64_t i)
+{
+    return (double)r->memory->ranking[i].value - (double)r->high;
+}
 
 static double sum_of(const row *r, int64_t n, double temperature)
 {
@@ -176,12 +200,14 @@ static int64_t sample_top_k(row *r, const sample_params *p, double coin)
     return draw(r, n, p->temperature, coin, sum_of(r, n, p->temperature));
 }
 
-/* Without top_k every token is a candidate: rank more and more of them until the filters, or the coin, need no more. */
+/* Without top_k every token is a candidate: rank more and more of them until the filters, or the
+ * coin, need no more. */
 static int64_t sample_all(row *r, const sample_params *p, double coin)
 {
     const double inverse = 1.0 / p->temperature;
     const float scale = inverse < (double)FLT_MAX ? (float)inverse : FLT_MAX;
-    const double mass = p->top_p < 1 ? p->top_p * r->table->exp_sum(r->x, r->n, r->high, 1.0f) : INFINITY;
+    const double mass =
+        p->top_p < 1 ? p->top_p * r->table->exp_sum(r->x, r->n, r->high, 1.0f) : INFINITY;
     const int unfiltered = p->top_p >= 1 && p->min_p <= 0;
     const double total = unfiltered ? r->table->exp_sum(r->x, r->n, r->high, scale) : 0.0;
     for (int64_t k = FIRST_RANKS;; k *= MORE_RANKS) {
@@ -199,10 +225,14 @@ static int64_t sample_all(row *r, const sample_params *p, double coin)
     }
 }
 
-int64_t sample_logits(const kernel_table *table, sample_memory *memory, const float *logits, const sample_params *params,
-                      const int64_t *recent, int64_t n_recent, double coin)
+int64_t sample_logits(const kernel_table *table, sample_memory *memory, const float *logits,
+                      const sample_params *params, const int64_t *recent, int64_t n_recent,
+                      double coin)
 {
-    row r = {.table = table, .memory = memory, .n = memory->n_vocab, .n_groups = (memory->n_vocab + SAMPLE_GROUP - 1) / SAMPLE_GROUP};
+    row r = {.table = table,
+             .memory = memory,
+             .n = memory->n_vocab,
+             .n_groups = (memory->n_vocab + SAMPLE_GROUP - 1) / SAMPLE_GROUP};
     r.x = penalized(memory, logits, params->repeat_penalty, recent, n_recent);
     table->group_maxima(r.x, r.n, memory->maxima);
     r.high = -INFINITY;

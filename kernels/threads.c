@@ -1,9 +1,10 @@
-/* The pool: n - 1 threads and the caller meet at one barrier, before, inside and after each piece of work.
+/* The pool: n - 1 threads and the caller meet at one barrier, before, inside and after each piece
+ * of work.
  *
- * Waiting spins, since the others are usually a few microseconds behind, then sleeps. How long it spins is learnt: on
- * a crowded machine the others are not running, and spinning keeps them from it. (Measured with SmolLM2, two threads
- * that share one processor: 80 tokens a second with 1000 spins, 145 with 200, 175 with 50; with a processor for each: 300
- * with 1000.) */
+ * Waiting spins, since the others are usually a few microseconds behind, then sleeps. How long it
+ * spins is learnt: on a crowded machine the others are not running, and spinning keeps them from
+ * it. (Measured with SmolLM2, two threads that share one processor: 80 tokens a second with 1000
+ * spins, 145 with 200, 175 with 50; with a processor for each: 300 with 1000.) */
 #if defined(__linux__)
 #define _GNU_SOURCE
 #endif
@@ -15,7 +16,7 @@
 
 #include "kernels.h"
 
-enum { LEAST_SPINS = 16, MOST_SPINS = 4096 }; /* at most some 50 microseconds, a few times what a sleep costs */
+enum { LEAST_SPINS = 16, MOST_SPINS = 4096 }; /* at most some 50 us, a few times a sleep's cost */
 
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -29,7 +30,7 @@ typedef struct {
 } patience;
 
 typedef struct {
-    atomic_uint round;    /* counts the meetings; what sleepers sleep on */
+    atomic_uint round; /* counts the meetings; what sleepers sleep on */
     atomic_int arrived;
     atomic_int sleepers;
     int n_threads;
@@ -43,8 +44,8 @@ struct thread_pool {
     void *arg;
     pid_t owner;
     int n_threads;
-    pthread_t *threads;  /* (n_threads - 1) */
-    patience *patience;  /* (n_threads) */
+    pthread_t *threads; /* (n_threads - 1) */
+    patience *patience; /* (n_threads) */
 };
 
 typedef struct {
@@ -65,7 +66,8 @@ static void sleep_until_changed(barrier *b, unsigned round)
 {
     atomic_fetch_add(&b->sleepers, 1);
 #if defined(__linux__)
-    while (atomic_load(&b->round) == round) /* the kernel compares again, so a change in between is not missed */
+    /* the kernel compares again, so that a change in between is not missed */
+    while (atomic_load(&b->round) == round)
         syscall(SYS_futex, &b->round, FUTEX_WAIT_PRIVATE, round, NULL, NULL, 0);
 #else
     pthread_mutex_lock(&b->mutex);
@@ -147,7 +149,8 @@ static void forget(thread_pool *pool)
     free(pool);
 }
 
-/* Returns how many there are, the caller included. Signals are the interpreter's business: the new threads block them. */
+/* Returns how many there are, the caller included. Signals are the interpreter's business: the new
+ * threads block them. */
 static int start_threads(thread_pool *pool)
 {
     sigset_t all, before;
@@ -193,7 +196,10 @@ int pool_size(const thread_pool *pool) { return pool->n_threads; }
 
 int pool_is_ours(const thread_pool *pool) { return pool->owner == getpid(); }
 
-void pool_barrier(thread_pool *pool, int thread) { meet(&pool->barrier, &pool->patience[thread].inside); }
+void pool_barrier(thread_pool *pool, int thread)
+{
+    meet(&pool->barrier, &pool->patience[thread].inside);
+}
 
 void pool_run(thread_pool *pool, pool_work work, void *arg)
 {

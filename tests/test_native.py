@@ -1,8 +1,9 @@
-"""The native executor against the reference, operation by operation, on each SIMD level; its promises and its refusals.
+"""The native executor against the reference, on each SIMD level; its promises and refusals.
 
-Tolerances count roundings: u = 2**-24 is half a unit in the last place, and a sum of n products is off by at
-most n * u times the sum of their magnitudes, in whatever order it is taken.
+Tolerances count roundings: u = 2**-24 is half a unit in the last place, and a sum of n products is
+off by at most n * u times the sum of their magnitudes, in whatever order it is taken.
 """
+
 import os
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from helpers_program import batch, tiny_program, weight  # noqa: E402
 from tinychat.errors import KernelError, ModelLoadError  # noqa: E402
 from tinychat.gguf_file import GGMLQuantizationType, QTensor, open_gguf  # noqa: E402
 from tinychat.ops import native, sampling  # noqa: E402
-from tinychat.ops.native import NativeExecutor, barriers, lower  # noqa: E402
+from tinychat.ops.lowering import _is_mapped, barriers, lower  # noqa: E402
+from tinychat.ops.native import NativeExecutor  # noqa: E402
 from tinychat.ops.program import Batch, Heads, Recorder, Rope, plan_slots  # noqa: E402
 from tinychat.ops.reference import ReferenceExecutor  # noqa: E402
 from tinychat.ops.sampling import SamplingParams  # noqa: E402
@@ -34,7 +36,9 @@ every_level = pytest.mark.parametrize("isa", ISA_LEVELS)
 def executor_of(program, isa=None, **limits) -> NativeExecutor:
     if isa is not None and isa not in native.isa_levels():
         pytest.skip(f"this machine has no {isa}")
-    return NativeExecutor(program, isa=isa, **{"n_pages": 8, "threads": 2, "kv_type": "f32", **limits})
+    return NativeExecutor(
+        program, isa=isa, **{"n_pages": 8, "threads": 2, "kv_type": "f32", **limits}
+    )
 
 
 def normal(rng, *shape, scale=1.0):
@@ -42,7 +46,7 @@ def normal(rng, *shape, scale=1.0):
 
 
 def both(build, isa, step: Batch, **limits) -> tuple[np.ndarray, np.ndarray]:
-    """What the kernels and what the reference make of one step; build(recorder) -> the last buffer."""
+    """What kernels and reference make of one step; build(recorder) -> the last buffer."""
     def program():
         g = Recorder()
         return g.finish("test", g.outputs(build(g)))
@@ -87,7 +91,9 @@ def test_add_is_exact(isa, width):
 def test_rmsnorm_agrees(isa, groups, group):
     rng = np.random.default_rng(group)
     rows, w = normal(rng, 5, groups * group, scale=3), weight("w", normal(rng, group))
-    got, expected = both(lambda g: g.rmsnorm(g.embed(weight("e", rows)), w, 1e-5), isa, all_outputs(5))
+    got, expected = both(
+        lambda g: g.rmsnorm(g.embed(weight("e", rows)), w, 1e-5), isa, all_outputs(5)
+    )
     np.testing.assert_allclose(got, expected, rtol=(group + 8) * U, atol=0)
 
 
@@ -110,7 +116,11 @@ def test_swiglu_agrees_up_to_where_exp_overflows(isa, width):
     rng = np.random.default_rng(width)
     gate, up = normal(rng, 8, width, scale=4), normal(rng, 8, width)
     gate[:, 0] = [0, -87, -88.5, -104, 88, 100, -1e4, 1e4]
-    got, expected = both(lambda g: g.swiglu(g.embed(weight("g", gate)), g.embed(weight("u", up))), isa, all_outputs(8))
+    got, expected = both(
+        lambda g: g.swiglu(g.embed(weight("g", gate)), g.embed(weight("u", up))),
+        isa,
+        all_outputs(8),
+    )
     np.testing.assert_allclose(got, expected, rtol=12 * U, atol=1e-37)
 
 
@@ -121,13 +131,26 @@ def test_linear_agrees_with_and_without_bias(isa, n_rows, n_cols):
     rows, w, bias = normal(rng, 5, n_cols), normal(rng, n_rows, n_cols), normal(rng, n_rows)
     bound = (n_cols + 2) * U * (np.abs(rows) @ np.abs(w).T + np.abs(bias))
     for extra in ((), (weight("b", bias),)):
-        got, expected = both(lambda g: g.linear(g.embed(weight("e", rows)), weight("w", w), *extra), isa, all_outputs(5))
+        got, expected = both(
+            lambda g: g.linear(g.embed(weight("e", rows)), weight("w", w), *extra),
+            isa,
+            all_outputs(5),
+        )
         assert (np.abs(got - expected) <= bound).all()
 
 
 SHAPES = [  # n_head, n_head_kv, key_length, value_length, window
-    (1, 1, 4, 4, 0), (2, 1, 64, 64, 0), (9, 3, 64, 64, 0), (4, 4, 20, 12, 0), (5, 1, 33, 80, 0), (8, 2, 80, 80, 40),
-    (6, 2, 16, 17, 1), (7, 1, 32, 128, 32), (16, 2, 128, 128, 0), (3, 1, 192, 128, 33)]
+    (1, 1, 4, 4, 0),
+    (2, 1, 64, 64, 0),
+    (9, 3, 64, 64, 0),
+    (4, 4, 20, 12, 0),
+    (5, 1, 33, 80, 0),
+    (8, 2, 80, 80, 40),
+    (6, 2, 16, 17, 1),
+    (7, 1, 32, 128, 32),
+    (16, 2, 128, 128, 0),
+    (3, 1, 192, 128, 33),
+]
 
 
 @every_level
@@ -141,12 +164,17 @@ def test_attention_agrees(isa, kv_type, n_head, n_head_kv, n_key, n_value, windo
     v = normal(rng, n, n_head_kv * n_value)
 
     def attend(g):
-        return g.attend(*(g.embed(weight(name, x)) for name, x in (("q", q), ("k", k), ("v", v))), heads)
+        return g.attend(
+            *(g.embed(weight(name, x)) for name, x in (("q", q), ("k", k), ("v", v))), heads
+        )
 
     step = all_outputs(n, pages=[[6, 0, 3, 5]])
     got, expected = both(attend, isa, step, max_outputs=n, kv_type=kv_type)
-    # A score is off by n_key roundings of |q||k| * scale; a weight by that and exp; the mean by a sum over n
-    score = np.linalg.norm(q.reshape(-1, n_key), axis=1).max() * np.linalg.norm(k.reshape(-1, n_key), axis=1).max()
+    # A score is off by n_key roundings of |q||k| * scale, a weight by that and exp, the mean by n
+    score = (
+        np.linalg.norm(q.reshape(-1, n_key), axis=1).max()
+        * np.linalg.norm(k.reshape(-1, n_key), axis=1).max()
+    )
     bound = (2 * n_key * score * heads.scale + n + 16) * U * np.abs(v).max()
     assert np.abs(got - expected).max() <= bound
 
@@ -154,12 +182,36 @@ def test_attention_agrees(isa, kv_type, n_head, n_head_kv, n_key, n_value, windo
 @every_level
 def test_float16_keys_and_values_round_as_numpy_does(isa):
     """One position: the answer is its value, and so what was stored."""
-    v = np.concatenate([normal(np.random.default_rng(1), 40), np.float32(
-        [0, -0.0, 6e-8, 2.9e-8, 3.1e-8, 1e-7, 6.1e-5, 6.09e-5, 65504, 65519, 1 + 2 ** -11, 1 + 3 * 2 ** -11, -1e-5])])
+    v = np.concatenate(
+        [
+            normal(np.random.default_rng(1), 40),
+            np.float32(
+                [
+                    0,
+                    -0.0,
+                    6e-8,
+                    2.9e-8,
+                    3.1e-8,
+                    1e-7,
+                    6.1e-5,
+                    6.09e-5,
+                    65504,
+                    65519,
+                    1 + 2**-11,
+                    1 + 3 * 2**-11,
+                    -1e-5,
+                ]
+            ),
+        ]
+    )
     heads = Heads(1, 1, 4, len(v), 1.0)
     ones = weight("q", np.ones((1, 4)))
-    got, _ = both(lambda g: g.attend(g.embed(ones), g.embed(ones), g.embed(weight("v", v[None])), heads), isa,
-                  all_outputs(1), kv_type="f16")
+    got, _ = both(
+        lambda g: g.attend(g.embed(ones), g.embed(ones), g.embed(weight("v", v[None])), heads),
+        isa,
+        all_outputs(1),
+        kv_type="f16",
+    )
     np.testing.assert_array_equal(got[0], v.astype(np.float16).astype(np.float32))
 
 
@@ -190,27 +242,41 @@ def test_a_format_without_a_kernel_is_converted():
     rows = normal(rng, 5, 256)
     got, expected = both(lambda g: g.linear(g.embed(weight("e", rows)), w), None, all_outputs(5))
     values = gguf.quants.dequantize(blocks, GGMLQuantizationType.IQ2_XXS)
-    assert (np.abs(got - expected) <= (2 ** -11 + 300 * U) * (np.abs(rows) @ np.abs(values).T)).all()
+    assert (np.abs(got - expected) <= (2**-11 + 300 * U) * (np.abs(rows) @ np.abs(values).T)).all()
 
 
 # The same bits, whatever else is in the step
 
-QTYPES = (GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q5_1)
+QTYPES = (
+    GGMLQuantizationType.F16,
+    GGMLQuantizationType.Q8_0,
+    GGMLQuantizationType.Q4_0,
+    GGMLQuantizationType.Q5_1,
+)
 
 
 def random_program(seed: int):
     """Two layers of random shape and format over 50 tokens."""
     rng = np.random.default_rng(seed)
-    n_head_kv, n_embd, n_ff = int(rng.integers(1, 4)), 32 * int(rng.integers(1, 5)), 32 * int(rng.integers(1, 9))
+    n_head_kv, n_embd, n_ff = (
+        int(rng.integers(1, 4)),
+        32 * int(rng.integers(1, 5)),
+        32 * int(rng.integers(1, 9)),
+    )
     n_head, head_dim = n_head_kv * int(rng.integers(1, 6)), 2 * int(rng.integers(2, 33))
     window = int(rng.choice([0, 3, 40]))
     heads = Heads(n_head, n_head_kv, head_dim, head_dim, head_dim ** -0.5, window)
-    rope = Rope(str(rng.choice(["adjacent", "halves"])), (0.1 ** np.arange(head_dim // 2)).astype(np.float32))
+    rope = Rope(
+        str(rng.choice(["adjacent", "halves"])),
+        (0.1 ** np.arange(head_dim // 2)).astype(np.float32),
+    )
 
     def matrix(n_rows, n_cols):
         values = normal(rng, n_rows, n_cols, scale=n_cols ** -0.5)
         qtype = QTYPES[rng.integers(len(QTYPES))] if n_cols % 32 == 0 else GGMLQuantizationType.F16
-        return QTensor("w", qtype, values.shape, gguf.quants.quantize(values, qtype).reshape(-1).view(np.uint8))
+        return QTensor(
+            "w", qtype, values.shape, gguf.quants.quantize(values, qtype).reshape(-1).view(np.uint8)
+        )
 
     def norm():
         return weight("norm", 1 + normal(rng, n_embd, scale=0.1))
@@ -219,12 +285,19 @@ def random_program(seed: int):
     x = g.embed(matrix(50, n_embd))
     for _ in range(2):
         h = g.rmsnorm(x, norm(), 1e-5)
-        q, k, v = (g.linear(h, matrix(n * head_dim, n_embd)) for n in (n_head, n_head_kv, n_head_kv))
+        q, k, v = (
+            g.linear(h, matrix(n * head_dim, n_embd)) for n in (n_head, n_head_kv, n_head_kv)
+        )
         q, k = g.rope(q, head_dim, rope), g.rope(k, head_dim, rope)
         x = g.add(x, g.linear(g.attend(q, k, v, heads), matrix(n_embd, n_head * head_dim)))
         h = g.rmsnorm(x, norm(), 1e-5)
-        x = g.add(x, g.linear(g.swiglu(g.linear(h, matrix(n_ff, n_embd)), g.linear(h, matrix(n_ff, n_embd))),
-                              matrix(n_embd, n_ff)))
+        x = g.add(
+            x,
+            g.linear(
+                g.swiglu(g.linear(h, matrix(n_ff, n_embd)), g.linear(h, matrix(n_ff, n_embd))),
+                matrix(n_embd, n_ff),
+            ),
+        )
     return g.finish("random", g.linear(g.outputs(g.rmsnorm(x, norm(), 1e-5)), matrix(50, n_embd)))
 
 
@@ -232,9 +305,17 @@ PAGES = [[5, 2, 7], [1, 6, 3]]
 
 
 def prefill(executor, tokens, chunk: int) -> np.ndarray:
-    parts = [executor.step(batch(tokens[at:at + chunk], range(at, min(at + chunk, len(tokens))), pages=PAGES,
-                                 outputs=range(min(chunk, len(tokens) - at)))).copy()
-             for at in range(0, len(tokens), chunk)]
+    parts = [
+        executor.step(
+            batch(
+                tokens[at : at + chunk],
+                range(at, min(at + chunk, len(tokens))),
+                pages=PAGES,
+                outputs=range(min(chunk, len(tokens) - at)),
+            )
+        ).copy()
+        for at in range(0, len(tokens), chunk)
+    ]
     return np.concatenate(parts)
 
 
@@ -249,12 +330,21 @@ def test_logits_are_the_same_bits_in_chunks_in_a_crowd_and_with_any_number_of_th
         executor = executor_of(program, isa, threads=threads, max_outputs=128)
         for chunk in (512, 7, 1):
             np.testing.assert_array_equal(prefill(executor, tokens, chunk), whole)
-        crowd = batch([*others, *tokens], [*range(40), *range(70)], [1] * 40 + [0] * 70, PAGES, range(40, 110))
+        crowd = batch(
+            [*others, *tokens], [*range(40), *range(70)], [1] * 40 + [0] * 70, PAGES, range(40, 110)
+        )
         np.testing.assert_array_equal(executor.step(crowd), whole)
         mixed = np.concatenate([tokens, others])
-        order = np.argsort(np.concatenate([np.arange(70), np.arange(40) + 0.5]))  # one of each in turn
-        positions, sequences = np.array([*range(70), *range(40)])[order], np.repeat([0, 1], [70, 40])[order]
-        got = executor.step(batch(mixed[order], positions, sequences, PAGES, np.flatnonzero(sequences == 0)))
+        order = np.argsort(
+            np.concatenate([np.arange(70), np.arange(40) + 0.5])
+        )  # one of each in turn
+        positions, sequences = (
+            np.array([*range(70), *range(40)])[order],
+            np.repeat([0, 1], [70, 40])[order],
+        )
+        got = executor.step(
+            batch(mixed[order], positions, sequences, PAGES, np.flatnonzero(sequences == 0))
+        )
         np.testing.assert_array_equal(got, whole)
         executor.close()
 
@@ -279,14 +369,25 @@ def test_every_conflict_has_a_barrier_and_rows_pass_on_without(seed):
         for i in range(j):
             earlier = lowered.ops[i]
             written = {slot_of[b.id] for b in (earlier.out, later.out) if b}
-            touched = [{slot_of[b.id] for b in (*op.inputs, *([op.out] if op.out else ()))} for op in (earlier, later)]
+            touched = [
+                {slot_of[b.id] for b in (*op.inputs, *([op.out] if op.out else ()))}
+                for op in (earlier, later)
+            ]
             rows = {(op.out or op.inputs[0]).rows if op.name in by_rows else f"by {op.name}"
                     for op in (earlier, later)}
             stored = earlier.name == "store_kv" and later.name == "attend"
-            if written & touched[0] & touched[1] and (len(rows) > 1 or not rows <= {"tokens", "outputs"}) or stored:
+            if (
+                written & touched[0] & touched[1]
+                and (len(rows) > 1 or not rows <= {"tokens", "outputs"})
+                or stored
+            ):
                 assert any(waits[i + 1:j + 1]), (earlier, later)
     names = [op.name for op in lowered.ops]
-    assert not any(wait for wait, name, before in zip(waits[1:], names[1:], names) if (before, name) == ("add", "rmsnorm"))
+    assert not any(
+        wait
+        for wait, name, before in zip(waits[1:], names[1:], names)
+        if (before, name) == ("add", "rmsnorm")
+    )
     assert sum(waits) <= 2 * 10 + 4  # a layer has ten, and the way to the logits four
 
 
@@ -294,14 +395,28 @@ def test_every_conflict_has_a_barrier_and_rows_pass_on_without(seed):
 
 GOOD = batch([1, 2], [0, 1])
 BAD = {
-    "no token": batch([], [], [], outputs=[]), "token below": batch([-1]), "token above": batch([11]),
-    "position below": batch([1], [-1]), "position above": batch([1], [64]), "position twice": batch([1, 2], [3, 3]),
-    "sequence below": batch([1], sequences=[-1]), "sequence above": batch([1], sequences=[1]),
-    "page below": batch([1], pages=[[-1, 0]]), "page above": batch([1, 2], [0, 40], pages=[[0, 8]]),
-    "output below": batch([1], outputs=[-1]), "output above": batch([1], outputs=[1]),
-    "too many tokens": batch([1] * 17, pages=[[0]]), "too many outputs": batch([1] * 5, outputs=[0] * 5),
-    "too many sequences": batch([1], pages=[[0]] * 4), "lengths differ": batch([1, 2], [0]),
-    "int64": Batch(*(getattr(GOOD, name).astype(np.int64) for name in ("tokens", "positions", "sequences", "pages", "outputs"))),
+    "no token": batch([], [], [], outputs=[]),
+    "token below": batch([-1]),
+    "token above": batch([11]),
+    "position below": batch([1], [-1]),
+    "position above": batch([1], [64]),
+    "position twice": batch([1, 2], [3, 3]),
+    "sequence below": batch([1], sequences=[-1]),
+    "sequence above": batch([1], sequences=[1]),
+    "page below": batch([1], pages=[[-1, 0]]),
+    "page above": batch([1, 2], [0, 40], pages=[[0, 8]]),
+    "output below": batch([1], outputs=[-1]),
+    "output above": batch([1], outputs=[1]),
+    "too many tokens": batch([1] * 17, pages=[[0]]),
+    "too many outputs": batch([1] * 5, outputs=[0] * 5),
+    "too many sequences": batch([1], pages=[[0]] * 4),
+    "lengths differ": batch([1, 2], [0]),
+    "int64": Batch(
+        *(
+            getattr(GOOD, name).astype(np.int64)
+            for name in ("tokens", "positions", "sequences", "pages", "outputs")
+        )
+    ),
     "flat pages": batch([1], pages=[0, 1]),
 }
 
@@ -323,7 +438,10 @@ def test_a_step_may_ask_for_no_logits():
     assert executor_of(tiny_program()).step(batch([1], outputs=[])).shape == (0, 11)
 
 
-@pytest.mark.parametrize("limits", [{"n_pages": 0}, {"threads": 0}, {"max_tokens": 0}, {"kv_type": "q8"}, {"max_outputs": -1}])
+@pytest.mark.parametrize(
+    "limits",
+    [{"n_pages": 0}, {"threads": 0}, {"max_tokens": 0}, {"kv_type": "q8"}, {"max_outputs": -1}],
+)
 def test_impossible_limits_are_refused(limits):
     with pytest.raises(KernelError):
         executor_of(tiny_program(), **limits)
@@ -363,7 +481,7 @@ def test_two_executors_run_at_once():
 
 
 def test_other_python_threads_go_on_during_a_step():
-    """Under an endless switch interval a thread gives the GIL up only where it must: inside the step."""
+    """Under an endless switch interval a thread gives the GIL up only inside the step."""
     executor = executor_of(random_program(2), threads=1)
     step = batch(range(50), pages=PAGES)
     inside, seen = [False], False
@@ -412,8 +530,13 @@ def test_a_closed_executor_says_so_and_its_last_logits_stay():
 def run_python(code: str) -> subprocess.CompletedProcess:
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), *filter(None, sys.path)])
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], env={**os.environ, "PYTHONPATH": path},
-                          capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 START = """
@@ -447,17 +570,28 @@ executor.close()
 print("parent")
 """)
     assert ended.returncode == 0, ended.stderr
-    assert "KernelError" in ended.stdout and "forked" in ended.stdout and ended.stdout.endswith("parent\n")
+    assert (
+        "KernelError" in ended.stdout
+        and "forked" in ended.stdout
+        and ended.stdout.endswith("parent\n")
+    )
 
 
 def test_threads_default_to_the_processors_allowed():
     assert 1 <= native.default_threads() <= (os.cpu_count() or 1)
 
 
-@pytest.mark.parametrize("files, expected", [
-    ({"cpu.max": "max 100000"}, None), ({"cpu.max": "150000 100000"}, 1.5), ({"cpu.max": "nonsense"}, None), ({}, None),
-    ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4.0),
-    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None)])
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.max": "150000 100000"}, 1.5),
+        ({"cpu.max": "nonsense"}, None),
+        ({}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4.0),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    ],
+)
 def test_a_control_groups_quota_is_read(tmp_path, files, expected):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -475,12 +609,16 @@ def test_weights_in_a_mapped_file_survive_giving_their_pages_back(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     table = normal(np.random.default_rng(0), 64, 2048)
     writer.add_tensor("w", table)
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+    ):
         write()
     writer.close()
     with open_gguf(tmp_path / "m.gguf") as file:
         w = file.tensors["w"]
-        assert native._is_mapped(w.data) and not native._is_mapped(weight("x", table).data)
+        assert _is_mapped(w.data) and not _is_mapped(weight("x", table).data)
         g = Recorder()
         program = g.finish("tied", g.linear(g.outputs(g.embed(w)), w))
         executor = executor_of(program, max_tokens=64)
@@ -492,18 +630,28 @@ def test_weights_in_a_mapped_file_survive_giving_their_pages_back(tmp_path):
 # Sampling
 
 PARAMS = [
-    SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_k=1), SamplingParams(top_p=0),
-    SamplingParams(temperature=1.5, top_k=0), SamplingParams(temperature=0.1, top_k=0, top_p=1, min_p=0),
-    SamplingParams(temperature=2, top_k=0, top_p=0.5, min_p=0), SamplingParams(temperature=1, top_k=0, top_p=1, min_p=0.2),
-    SamplingParams(temperature=1e30, top_k=0, top_p=1, min_p=0), SamplingParams(temperature=1e-300, top_k=0, top_p=1, min_p=0),
+    SamplingParams(),
+    SamplingParams(temperature=0),
+    SamplingParams(top_k=1),
+    SamplingParams(top_p=0),
+    SamplingParams(temperature=1.5, top_k=0),
+    SamplingParams(temperature=0.1, top_k=0, top_p=1, min_p=0),
+    SamplingParams(temperature=2, top_k=0, top_p=0.5, min_p=0),
+    SamplingParams(temperature=1, top_k=0, top_p=1, min_p=0.2),
+    SamplingParams(temperature=1e30, top_k=0, top_p=1, min_p=0),
+    SamplingParams(temperature=1e-300, top_k=0, top_p=1, min_p=0),
     SamplingParams(temperature=0.7, top_k=5, top_p=0.9, repeat_penalty=1.3),
     SamplingParams(temperature=1, top_k=1000, top_p=1, min_p=0, repeat_penalty=0.5),
-    SamplingParams(temperature=1, top_k=3, top_p=1, min_p=1), SamplingParams(temperature=0, repeat_penalty=1e300)]
+    SamplingParams(temperature=1, top_k=3, top_p=1, min_p=1),
+    SamplingParams(temperature=0, repeat_penalty=1e300),
+]
 
 
 def sampler(n_vocab: int, isa=None) -> NativeExecutor:
     g = Recorder()
-    return executor_of(g.finish("sampler", g.outputs(g.embed(weight("e", np.zeros((1, n_vocab)))))), isa, threads=1)
+    return executor_of(
+        g.finish("sampler", g.outputs(g.embed(weight("e", np.zeros((1, n_vocab)))))), isa, threads=1
+    )
 
 
 @every_level
@@ -519,15 +667,22 @@ def test_sampling_takes_the_token_that_numpy_takes(isa, n_vocab):
             for coin in (0.0, float(rng.random()), 1 - 2.0 ** -53):
                 got = executor.sample(logits, params, recent, coin)
                 expected = sampling.sample(logits, params, recent, coin)
-                assert got == expected or near_a_boundary(logits, params, recent, coin), (params, spread, coin)
+                assert got == expected or near_a_boundary(logits, params, recent, coin), (
+                    params,
+                    spread,
+                    coin,
+                )
 
 
 def near_a_boundary(logits, params, recent, coin) -> bool:
-    """Whether moving the coin or top_p by what a twin may round changes the meaning's own answer."""
+    """Whether moving the coin or top_p by what a twin may round changes NumPy's own answer."""
     moved = [(params.top_p, min(coin * (1 + sign * 1e-6), 1 - 2.0 ** -53)) for sign in (-1, 1)]
     moved += [(min(params.top_p * (1 + sign * 1e-6), 1.0), coin) for sign in (-1, 1)]
     fields = {name: getattr(params, name) for name in params.__dataclass_fields__}
-    ids = {sampling.sample(logits, SamplingParams(**{**fields, "top_p": p}), recent, c) for p, c in moved}
+    ids = {
+        sampling.sample(logits, SamplingParams(**{**fields, "top_p": p}), recent, c)
+        for p, c in moved
+    }
     return len(ids) > 1
 
 
