@@ -1,7 +1,8 @@
 /* Block formats: as the file has them, and as a packed tile has them.
  *
- * A packed matrix is ceil(N/16) tiles. A tile holds 16 rows, first all codes, then all scales (two planes, each
- * rounded up to 64 bytes), at the bits per weight of the file.
+ * A packed matrix is ceil(N/16) tiles. A tile holds 16 rows, first all scales, then all codes (two planes, each
+ * rounded up to 64 bytes), at the bits per weight of the file. Scales stand first so that who reads a tile from
+ * memory in one stream has them when the first codes come.
  *
  * Codes come in blocks of 32 columns. A block is 8 groups of 4 columns; a group is a vector of 64 bytes,
  * byte 4 * row + (k % 4): what one vpdpbusd multiplies with 4 activations. Groups are stored by bit planes:

@@ -15,7 +15,7 @@
 typedef __m512i vint;
 typedef __m512 vfloat;
 
-enum { LANES = 16, CODES_SIGNED = 0, MAX_TOKENS = 16, FLOAT_TOKENS = 8, FLOAT_TILES = 4 };
+enum { LANES = 16, CODES_SIGNED = 0, MAX_TOKENS = 12, FLOAT_TOKENS = 8, FLOAT_TILES = 4 };
 
 #define vi_load(p) _mm512_loadu_si512(p)
 #define vi_and _mm512_and_si512

@@ -162,12 +162,12 @@ static INLINE void tile_of_blocks(int kind, int64_t n_cols, const uint8_t *tile,
                                   int n, float acc[][TILE_ROWS])
 {
     const format_traits f = formats[kind];
-    const uint8_t *scales = tile + code_plane_bytes(kind, n_cols);
+    const uint8_t *codes = tile + scale_plane_bytes(kind, n_cols);
     int blocks = f.file_cols / 32;
     tile_block block = {.sub = {{0}}};
     for (int64_t i = 0; i < n_cols / 32; i++) {
-        read_codes(kind, tile + i * f.code_bytes, &block);
-        read_scales(kind, scales + i / blocks * f.scale_bytes, (int)(i % blocks), &block);
+        read_codes(kind, codes + i * f.code_bytes, &block);
+        read_scales(kind, tile + i / blocks * f.scale_bytes, (int)(i % blocks), &block);
         for (int t = 0; t < n; t++)
             add_block(kind, &block, (const act_block *)(act + t * act_stride) + i, acc[t]);
     }

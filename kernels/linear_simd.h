@@ -2,16 +2,18 @@
  *
  * LANES rows at a time (16: a whole tile, 8: half of one, PARTS of them in a tile). Operations it needs:
  *   vint, vfloat              LANES groups of 4 bytes / LANES floats
- *   vi_load(p)  vi_and or xor(a, b)  vi_set8(c) vi_set32(c)  vi_left16 right16(a, constant)  vi_left32 right32(a, constant)
+ *   vi_load(p)  vi_and or xor(a, b)  vi_set8 set16 set32(c)  vi_left16 right16 left32 right32(a, constant)
  *   vi_lookup(table, i)       table: vi_table(16 bytes), i: bytes below 16
- *   vi_add32 mul16(a, b)      vi_madd16(a, b): int32 lanes of a0*b0 + a1*b1
+ *   vi_add16 add32 mul16(a, b)  vi_madd16(a, b): int32 lanes of a0*b0 + a1*b1
  *   vi_pairs_u8 s8(p)         2 * LANES bytes -> int16      vi_u16(p): LANES uint16 -> int32
  *   vi_splat32(p)             4 bytes at p in every lane
- *   vf_load(p) f16(p) bf16(p) e8m0(p) splat(p)  vf_of_i32(a)  vf_mul(a, b)  vf_add(a, b)  vf_fma(a, b, c)  vf_store(p, a)
+ *   vf_zero()  vf_load f16 bf16 e8m0 splat(p)  vf_of_i32(a)  vf_mul add(a, b)  vf_store(p, a)
+ *   vf_fma fnma(a, b, c)      c + a*b, c - a*b, rounded once
  *   dot(kind, w, q, start)    start + sum over the 32 columns of w * q; w: vint[8], q: 32 activations
- *   dot_sub(kind, w, q, sub, start)  the same with each half times its sub-scale; sub: sub_scales(int16 pairs)
+ *   dot_sub(kind, w, q, sub, start)  the same with each half times its sub-scale; sub: make_sub(kind, int16 pairs)
  *   CODES_SIGNED              codes of offset 128 are wanted as int8 with offset 0
- *   MAX_TOKENS                tokens of the largest register tile (a power of two), FLOAT_TOKENS the same for float kinds
+ *   MAX_TOKENS                tokens of the largest register tile: 12, 8 or 4 (with 32 registers, 16 spill: 13 % off Q4_0)
+ *   FLOAT_TOKENS, FLOAT_TILES the same for the float kinds, and how many tiles one token takes at once
  */
 #include "formats.h"
 
@@ -232,9 +234,9 @@ INLINE vfloat add_block(int kind, const vint *w, const block_scales *b, const ac
 
 /* ---- one tile, n tokens ---- */
 
-/* How far ahead of the codes in use memory is asked for, across the ends of planes and tiles (one stream: they follow one
- * another). One core reads 28 of 44 GB/s without, 32 at 8 KB, 37 at 16 KB, no more at 32 KB. */
-enum { PREFETCH_BYTES = 16 * 1024 };
+/* How far ahead of the codes in use memory is asked for, across the ends of tiles, which follow one another. One core reads
+ * Q4_0 at 28 of 44 GB/s without, 39 at 8 KB, no more at 16 KB. */
+enum { PREFETCH_BYTES = 8 * 1024 };
 
 /* Writes the sums of one part of a tile for one token; `rows` of its LANES exist. */
 INLINE void write_part(vfloat acc, const float *bias, float *out, int64_t rows)
@@ -256,8 +258,8 @@ INLINE void block_tile(int kind, const int n, const int parts, const int first, 
 {
     const format_traits f = formats[kind];
     const int blocks = f.file_cols / 32, bytes = f.code_bytes + f.scale_bytes / blocks;
-    const uint8_t *codes = m->data + number * m->tile_bytes, *ahead = codes + PREFETCH_BYTES;
-    const uint8_t *scales = codes + code_plane_bytes(kind, m->n_cols);
+    const uint8_t *scales = m->data + number * m->tile_bytes, *codes = scales + scale_plane_bytes(kind, m->n_cols);
+    const uint8_t *ahead = codes + PREFETCH_BYTES;
     vfloat acc[MAX_TOKENS][PARTS];
     for (int t = 0; t < n; t++)
         for (int p = 0; p < parts; p++)
@@ -326,7 +328,7 @@ INLINE void block_product(int kind, const packed_matrix *m, const uint8_t *act, 
             for (int part = 0; part < PARTS; part += n == 1 ? PARTS : 1) \
                 block_tile(kind, n <= MAX_TOKENS ? n : 1, n == 1 ? PARTS : 1, part, m, i, act + t * act_stride, act_stride, \
                            bias, out + t * ld, ld)
-        STEP(16);
+        STEP(12);
         STEP(8);
         STEP(4);
         STEP(2);

@@ -355,14 +355,14 @@ static void put_scales(int kind, const row_block *b, int row, uint8_t *out)
 static void pack_block_tile(int kind, int64_t n_cols, const uint8_t *src, size_t row_bytes, int n_rows, uint8_t *tile)
 {
     const format_traits f = formats[kind];
-    uint8_t *scales = tile + code_plane_bytes(kind, n_cols);
+    uint8_t *codes = tile + scale_plane_bytes(kind, n_cols);
     row_block b;
     for (int64_t i = 0; i < n_cols / f.file_cols; i++)
         for (int row = 0; row < n_rows; row++) {
             unpack_block(kind, src + row * row_bytes + i * f.file_bytes, &b);
-            put_scales(kind, &b, row, scales + i * f.scale_bytes);
+            put_scales(kind, &b, row, tile + i * f.scale_bytes);
             for (int j = 0; j < f.file_cols / 32; j++)
-                put_codes(kind, b.codes + 8 * j, row, tile + (i * (f.file_cols / 32) + j) * f.code_bytes);
+                put_codes(kind, b.codes + 8 * j, row, codes + (i * (f.file_cols / 32) + j) * f.code_bytes);
         }
 }
 
