@@ -57,18 +57,22 @@ typedef struct {
     int32_t sub_min[2][TILE_ROWS];  /* Q2_K: its mins, which m multiplies */
 } tile_block;
 
+static INLINE int nibble_at(const uint8_t *p, int g, int i) { return p[64 * (g % 4) + i] >> 4 * (g / 4) & 15; }
+static INLINE int two_at(const uint8_t *p, int g, int i) { return p[64 * (g / 4) + i] >> 2 * (g % 4) & 3; }
+static INLINE int bit_at(const uint8_t *p, int g, int i) { return p[i] >> g & 1; }
+
+/* Byte i of group g of a code block. */
 static INLINE int code_at(int kind, const uint8_t *p, int g, int i)
 {
-    int nibble = p[64 * (g % 4) + i] >> 4 * (g / 4) & 15;
     switch (kind) {
     case Q8_0: return p[64 * g + i];
-    case Q2_K: return p[64 * (g / 4) + i] >> 2 * (g % 4) & 3;
-    case Q3_K: return (p[64 * (g / 4) + i] >> 2 * (g % 4) & 3) | (p[128 + i] >> g & 1) << 2;
-    case Q5_0: case Q5_1: case Q5_K: return nibble | (p[256 + i] >> g & 1) << 4;
-    case Q6_K: return nibble | (p[256 + 64 * (g / 4) + i] >> 2 * (g % 4) & 3) << 4;
-    case IQ4_NL: case IQ4_XS: return iq4_table[nibble];
-    case MXFP4: return mxfp4_table[nibble];
-    default: return nibble;
+    case Q2_K: return two_at(p, g, i);
+    case Q3_K: return two_at(p, g, i) | bit_at(p + 128, g, i) << 2;
+    case Q5_0: case Q5_1: case Q5_K: return nibble_at(p, g, i) | bit_at(p + 256, g, i) << 4;
+    case Q6_K: return nibble_at(p, g, i) | two_at(p + 256, g, i) << 4;
+    case IQ4_NL: case IQ4_XS: return iq4_table[nibble_at(p, g, i)];
+    case MXFP4: return mxfp4_table[nibble_at(p, g, i)];
+    default: return nibble_at(p, g, i);
     }
 }
 
