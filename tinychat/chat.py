@@ -61,14 +61,18 @@ def fold(events: Iterator[dict | None]) -> dict:
 
     Raises: TinychatError when the stream has an `error`.
     """
-    for event in events:
+    result = failure = None
+    for event in events:  # to its end: what the chat held is given back before anybody is told
         if event is None:
             continue
         if event["type"] == "error":
-            error = dict(event["error"])
-            raise TinychatError(error.pop("message"), **error)
-        if event["type"] == "chat.end":
-            return event["result"]
+            failure = dict(event["error"])
+        elif event["type"] == "chat.end":
+            result = event["result"]
+    if failure:
+        raise TinychatError(failure.pop("message"), **failure)
+    if result:
+        return result
     raise TinychatError("the chat ended without a result")
 
 
