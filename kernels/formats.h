@@ -1,16 +1,18 @@
 /* Block formats: as the file has them, and as a packed tile has them.
  *
- * A packed matrix is ceil(N/16) tiles. A tile holds 16 rows, first all scales, then all codes (two planes, each
- * rounded up to 64 bytes), at the bits per weight of the file. Scales stand first so that who reads a tile from
- * memory in one stream has them when the first codes come.
+ * A packed matrix is ceil(N/16) tiles. A tile holds 16 rows, first all scales, then all codes (two
+ * planes, each rounded up to 64 bytes), at the bits per weight of the file. Scales stand first so
+ * that who reads a tile from memory in one stream has them when the first codes come.
  *
- * Codes come in blocks of 32 columns. A block is 8 groups of 4 columns; a group is a vector of 64 bytes,
- * byte 4 * row + (k % 4): what one vpdpbusd multiplies with 4 activations. Groups are stored by bit planes:
+ * Codes come in blocks of 32 columns. A block is 8 groups of 4 columns; a group is a vector of 64
+ * bytes, byte 4 * row + (k % 4): what one vpdpbusd multiplies with 4 activations. Groups are stored
+ * by bit planes:
  *   nibbles   4 vectors; vector j has group j in its low and group j+4 in its high nibbles
  *   twos      2 vectors; vector j has group 4j+i in bits 2i, 2i+1 of each byte
  *   ones      1 vector; group g in bit g of each byte
  *   bytes     8 vectors, group after group
- * Codes are unsigned; weight = scale * (code - offset), or scale * code + min, or scale * table[code].
+ * Codes are unsigned; a weight is scale * (code - offset), scale * code + min, or
+ * scale * table[code].
  */
 #ifndef TINYCHAT_FORMATS_H
 #define TINYCHAT_FORMATS_H
@@ -20,26 +22,50 @@
 
 #include "linear.h"
 
-/* The file's blocks. d, m, dmin: float16. Columns of a 256-column block: b = k / 32, s = k / 16, l = k % 32. */
+/* The file's blocks. d, m, dmin: float16. Columns of a 256-column block: b = k / 32, s = k / 16,
+ * l = k % 32. */
 
-typedef struct { uint16_t d; uint8_t qs[16]; } block_q4_0;             /* low nibbles k < 16, high k >= 16; w = d * (q - 8) */
-typedef struct { uint16_t d, m; uint8_t qs[16]; } block_q4_1;          /* w = d * q + m */
-typedef struct { uint16_t d; uint8_t qh[4], qs[16]; } block_q5_0;      /* bit k of qh is bit 4 of q; w = d * (q - 16) */
-typedef struct { uint16_t d, m; uint8_t qh[4], qs[16]; } block_q5_1;   /* w = d * q + m */
-typedef struct { uint16_t d; int8_t qs[32]; } block_q8_0;              /* w = d * q */
-typedef struct { uint8_t e, qs[16]; } block_mxfp4;                     /* w = 2^(e-128) * table[q], twice E2M1 */
-typedef block_q4_0 block_iq4_nl;                                       /* w = d * table[q] */
+/* low nibbles k < 16, high k >= 16; w = d * (q - 8) */
+typedef struct { uint16_t d; uint8_t qs[16]; } block_q4_0;
+
+/* w = d * q + m */
+typedef struct { uint16_t d, m; uint8_t qs[16]; } block_q4_1;
+
+/* bit k of qh is bit 4 of q; w = d * (q - 16) */
+typedef struct { uint16_t d; uint8_t qh[4], qs[16]; } block_q5_0;
+
+/* w = d * q + m */
+typedef struct { uint16_t d, m; uint8_t qh[4], qs[16]; } block_q5_1;
+
+/* w = d * q */
+typedef struct { uint16_t d; int8_t qs[32]; } block_q8_0;
+
+/* w = 2^(e-128) * table[q]: the table is E2M1 doubled */
+typedef struct { uint8_t e, qs[16]; } block_mxfp4;
+
+/* w = d * table[q] */
+typedef block_q4_0 block_iq4_nl;
+
+/* q: bits 2(b%4) of qs[32(b/4) + l]; scales[s]: low nibble scale, high min;
+ * w = d*scale*q - dmin*min */
 typedef struct { uint8_t scales[16], qs[64]; uint16_t d, dmin; } block_q2_k;
-    /* q: bits 2(b%4) of qs[32(b/4) + l]; scales[s]: low nibble scale, high min; w = d*scale*q - dmin*min */
+
+/* as q2_k, bit b of hmask[l] is bit 2 of q; 6-bit scales less 32; w = d*scale*(q - 4) */
 typedef struct { uint8_t hmask[32], qs[64], scales[12]; uint16_t d; } block_q3_k;
-    /* as q2_k, bit b of hmask[l] is bit 2 of q; 6-bit scales less 32; w = d*scale*(q - 4) */
+
+/* q: nibble b%2 of qs[32(b/2) + l]; 6-bit scales and mins, one per b; w = d*scale*q - dmin*min */
 typedef struct { uint16_t d, dmin; uint8_t scales[12], qs[128]; } block_q4_k;
-    /* q: nibble b%2 of qs[32(b/2) + l]; 6-bit scales and mins, one per b; w = d*scale*q - dmin*min */
-typedef struct { uint16_t d, dmin; uint8_t scales[12], qh[32], qs[128]; } block_q5_k; /* bit b of qh[l] is bit 4 of q */
+
+/* as q4_k, bit b of qh[l] is bit 4 of q */
+typedef struct { uint16_t d, dmin; uint8_t scales[12], qh[32], qs[128]; } block_q5_k;
+
+/* q: low nibble (b/2)%2 of ql[64(b/4) + 32(b%2) + l], above it bits 2(b%4) of qh[32(b/4) + l];
+ * w = d*scales[s]*(q - 32) */
 typedef struct { uint8_t ql[128], qh[64]; int8_t scales[16]; uint16_t d; } block_q6_k;
-    /* low: nibble (b/2)%2 of ql[64(b/4) + 32(b%2) + l], high: bits 2(b%4) of qh[32(b/4) + l]; w = d*scales[s]*(q - 32) */
+
+/* qs per b as q4_0; scale: nibble b of scales_l, bits 2b of scales_h above it, less 32;
+ * w = d*scale*table[q] */
 typedef struct { uint16_t d, scales_h; uint8_t scales_l[4], qs[128]; } block_iq4_xs;
-    /* qs per b as q4_0; scale: nibble b of scales_l, bits 2b of scales_h above it, less 32; w = d*scale*table[q] */
 
 _Static_assert(sizeof(block_q4_0) == 18, "q4_0 is a file format");
 _Static_assert(sizeof(block_q4_1) == 20, "q4_1 is a file format");
@@ -54,9 +80,10 @@ _Static_assert(sizeof(block_q5_k) == 176, "q5_k is a file format");
 _Static_assert(sizeof(block_q6_k) == 210, "q6_k is a file format");
 _Static_assert(sizeof(block_iq4_xs) == 136, "iq4_xs is a file format");
 
-/* The packed kinds, one per source format. The per-kind kernels are instantiated from these two lists. */
+/* The packed kinds, one per source format. The kernels are instantiated from these two lists. */
 #define BLOCK_KINDS(X) \
-    X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) X(MXFP4)
+    X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) \
+    X(IQ4_NL) X(IQ4_XS) X(MXFP4)
 #define FLOAT_KINDS(X) X(F32) X(F16) X(BF16)
 
 #define KIND_NAME(K) K,
@@ -76,21 +103,22 @@ typedef struct {
     int16_t qtype;        /* GGUF number */
     int16_t file_cols;    /* columns of a file block */
     int16_t file_bytes;   /* bytes of a file block */
-    int16_t code_bytes;   /* packed codes of 16 rows x 32 columns; float kinds: of 16 rows x 1 column */
+    int16_t code_bytes;   /* packed codes of 16 rows x 32 columns; float kinds: x 1 column */
     int16_t scale_bytes;  /* packed scales of 16 rows x file_cols */
     int16_t form;
     int16_t offset;       /* code that means 0 */
 } format_traits;
 
-/* Scales of 16 rows, by file block; last come f16 d[16] and, where there is one, f16 m[16] (min or dmin).
+/* Scales of 16 rows, by file block; last come f16 d[16] and, where there is one, f16 m[16] (min or
+ * dmin).
  *   Q4_K Q5_K  u32 low_scale[16], low_min[16], high[16] (scales6), d, dmin
  *   Q3_K       the same with the scales of the first and the second half of each block, d
  *   Q2_K       u8 [8][16][2]: block, row, half; low nibble scale, high min; d, dmin
  *   Q6_K       i8 [8][16][2], d
  *   IQ4_XS     u32 low[16], u16 high[16], d
  *   MXFP4      u8 e[16] and no d
- * scales6: nibble b of low_scale and above it bits 4b, 4b+1 of high make the first number of block b;
- * nibble b of low_min and bits 4b+2, 4b+3 the second.
+ * scales6: nibble b of low_scale and above it bits 4b, 4b+1 of high make the first number of block
+ * b; nibble b of low_min and bits 4b+2, 4b+3 the second.
  */
 static const format_traits formats[N_KINDS] = {
     [Q4_0] = {2, 32, sizeof(block_q4_0), 256, 32, FORM_OFFSET, 8},
@@ -119,7 +147,8 @@ static inline int d_at(int kind)
 }
 
 /* Values of the table kinds plus their offset: codes that a dot product can take. */
-static const uint8_t iq4_table[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+static const uint8_t iq4_table[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                      129, 141, 153, 166, 181, 197, 217, 241};
 static const uint8_t mxfp4_table[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 /* One quantized activation row: a block for each 32 columns. */
@@ -157,12 +186,13 @@ static inline float float_of_bits(uint32_t bits)
     return f;
 }
 
-/* float16 -> float32, exact; denormals by a multiplication, so that no flush-to-zero mode loses them. */
+/* float16 -> float32, exact; denormals by a product, so that no flush-to-zero mode loses them. */
 static inline float float_of_f16(uint16_t h)
 {
-    uint32_t magnitude = h & 0x7fff, exponent_shift = magnitude >= 0x7c00 ? 0x70000000u : 0x38000000u; /* inf, nan: twice */
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16;
-    float f = magnitude < 0x400 ? (float)magnitude * 0x1p-24f : float_of_bits((magnitude << 13) + exponent_shift);
+    uint32_t magnitude = h & 0x7fff, sign = (uint32_t)(h & 0x8000) << 16;
+    uint32_t rebias = magnitude >= 0x7c00 ? 0x70000000u : 0x38000000u; /* inf, nan: twice */
+    float f = magnitude < 0x400 ? (float)magnitude * 0x1p-24f
+                                : float_of_bits((magnitude << 13) + rebias);
     return sign ? -f : f;
 }
 

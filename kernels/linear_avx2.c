@@ -1,6 +1,7 @@
-/* Matrix products for AVX2: half a tile at a time, by vpmaddubsw, which adds two products of unsigned codes and signed
- * activations in 16 bits and saturates. So as many groups are added in 16 bits as the format's largest code allows:
- * 2 * 127 * largest * groups <= 32767. Codes of 8 bits are taken as |w| times (x with the sign of w). */
+/* Matrix products for AVX2: half a tile at a time, by vpmaddubsw, which adds two products of
+ * unsigned codes and signed activations in 16 bits and saturates. So as many groups are added in 16
+ * bits as the format's largest code allows: 2 * 127 * largest * groups <= 32767. Codes of 8 bits
+ * are taken as |w| times (x with the sign of w). */
 #if defined(__x86_64__)
 
 #if defined(__clang__)
@@ -64,15 +65,18 @@ static inline __m256 vf_e8m0(const uint8_t *p)
     const __m256i e = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
     const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
     const __m256i denormal = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
-    return _mm256_castsi256_ps(_mm256_blendv_epi8(normal, denormal, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e)));
+    return _mm256_castsi256_ps(
+        _mm256_blendv_epi8(normal, denormal, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e)));
 }
 
 /* Four products of group g, added by twos in 16 bits. */
-static inline __attribute__((always_inline)) __m256i multiply_group(int kind, const __m256i *w, const int8_t *q, int g)
+static inline __attribute__((always_inline)) __m256i multiply_group(int kind, const __m256i *w,
+                                                                    const int8_t *q, int g)
 {
     const __m256i x = vi_splat32(q + 4 * g);
     if (formats[kind].offset == 128)
-        return _mm256_maddubs_epi16(_mm256_abs_epi8(w[g]), _mm256_sign_epi8(x, w[g])); /* |w| <= 128: 2 * 128 * 127 */
+        return _mm256_maddubs_epi16(_mm256_abs_epi8(w[g]),
+                                    _mm256_sign_epi8(x, w[g])); /* |w| <= 128: 2 * 128 * 127 */
     return _mm256_maddubs_epi16(w[g], x);
 }
 
@@ -88,8 +92,10 @@ static inline __attribute__((always_inline)) int groups_in_16_bits(int kind)
 }
 
 /* s + the products of groups [first, first + n), each multiplied with the int16 `scale` */
-static inline __attribute__((always_inline)) __m256i dot_groups(int kind, const __m256i *w, const int8_t *q, int first,
-                                                               const int n, __m256i scale, __m256i s)
+static inline __attribute__((always_inline)) __m256i dot_groups(int kind, const __m256i *w,
+                                                                const int8_t *q, int first,
+                                                                const int n, __m256i scale,
+                                                                __m256i s)
 {
     const int most = groups_in_16_bits(kind) < n ? groups_in_16_bits(kind) : n;
     for (int g = first; g < first + n; g += most) {
@@ -101,7 +107,8 @@ static inline __attribute__((always_inline)) __m256i dot_groups(int kind, const 
     return s;
 }
 
-static inline __attribute__((always_inline)) __m256i dot(int kind, const __m256i *w, const int8_t *q, __m256i s)
+static inline __attribute__((always_inline)) __m256i dot(int kind, const __m256i *w,
+                                                         const int8_t *q, __m256i s)
 {
     return dot_groups(kind, w, q, 0, 8, _mm256_set1_epi16(1), s);
 }
@@ -115,8 +122,9 @@ static inline sub_scales make_sub(int kind, __m256i pairs)
                         _mm256_blend_epi16(pairs, _mm256_srli_epi32(pairs, 16), 0x55)};
 }
 
-static inline __attribute__((always_inline)) __m256i dot_sub(int kind, const __m256i *w, const int8_t *q, sub_scales sub,
-                                                            __m256i start)
+static inline __attribute__((always_inline)) __m256i dot_sub(int kind, const __m256i *w,
+                                                             const int8_t *q, sub_scales sub,
+                                                             __m256i start)
 {
     start = dot_groups(kind, w, q, 0, 4, sub.first, start);
     return dot_groups(kind, w, q, 4, 4, sub.second, start);
@@ -142,11 +150,13 @@ static inline uint32_t reduce_max(__m256i v)
 static inline int quantize_half(const float *x, __m256 inverse, int8_t *out)
 {
     const __m256 most = _mm256_set1_ps(127.0f), least = _mm256_set1_ps(-127.0f);
-    const __m256 a = _mm256_mul_ps(_mm256_loadu_ps(x), inverse), b = _mm256_mul_ps(_mm256_loadu_ps(x + 8), inverse);
+    const __m256 a = _mm256_mul_ps(_mm256_loadu_ps(x), inverse),
+                 b = _mm256_mul_ps(_mm256_loadu_ps(x + 8), inverse);
     const __m256i qa = _mm256_cvtps_epi32(_mm256_max_ps(_mm256_min_ps(a, most), least));
     const __m256i qb = _mm256_cvtps_epi32(_mm256_max_ps(_mm256_min_ps(b, most), least));
     const __m256i q16 = _mm256_permute4x64_epi64(_mm256_packs_epi32(qa, qb), 0xd8);
-    _mm_storeu_si128((__m128i *)out, _mm_packs_epi16(_mm256_castsi256_si128(q16), _mm256_extracti128_si256(q16, 1)));
+    _mm_storeu_si128((__m128i *)out, _mm_packs_epi16(_mm256_castsi256_si128(q16),
+                                                     _mm256_extracti128_si256(q16, 1)));
     return reduce_add(_mm256_add_epi32(qa, qb));
 }
 
@@ -161,7 +171,8 @@ static void quantize_row(const float *x, int64_t n_cols, void *act)
             largest = _mm256_max_epi32(largest, _mm256_and_si256(vi_load(x + 8 * j), no_sign));
         const float amax = float_of_bits(reduce_max(largest));
         const __m256 inverse = _mm256_set1_ps(amax <= ACT_TINY ? 0.0f : 127.0f / amax);
-        const int first = quantize_half(x, inverse, out->q), second = quantize_half(x + 16, inverse, out->q + 16);
+        const int first = quantize_half(x, inverse, out->q),
+                  second = quantize_half(x + 16, inverse, out->q + 16);
         out->sum16[0] = (int16_t)first;
         out->sum16[1] = (int16_t)second;
         out->d = amax <= ACT_TINY ? 0.0f : amax / 127.0f;

@@ -1,9 +1,11 @@
-/* Matrix products for AVX-512 with VNNI: vpdpbusd multiplies 16 rows x 4 columns of codes (unsigned) with 4 activations. */
+/* Matrix products for AVX-512 with VNNI: vpdpbusd multiplies 16 rows x 4 columns of codes
+ * (unsigned) with 4 activations. */
 #if defined(__x86_64__)
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"))), \
-                             apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 #endif
@@ -63,7 +65,8 @@ static inline __m512 vf_e8m0(const uint8_t *p)
     const __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
     const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
     const __m512i denormal = _mm512_sllv_epi32(_mm512_set1_epi32(0x00200000), e);
-    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(normal, _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2)), denormal));
+    return _mm512_castsi512_ps(
+        _mm512_mask_mov_epi32(normal, _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2)), denormal));
 }
 
 #define DOT(s, w, q, g) s = _mm512_dpbusd_epi32(s, w[g], vi_splat32((q) + 4 * (g)))
@@ -71,7 +74,7 @@ static inline __m512 vf_e8m0(const uint8_t *p)
 static inline __m512i dot(int kind, const __m512i *w, const int8_t *q, __m512i s)
 {
     (void)kind;
-    __m512i other = _mm512_setzero_si512(); /* two chains: 3 to 5 % faster than one, for all that it adds */
+    __m512i other = _mm512_setzero_si512(); /* two chains are 3 to 5 % faster than one */
     for (int g = 0; g < 4; g++) {
         DOT(s, w, q, g);
         DOT(other, w, q, g + 4);
@@ -81,15 +84,18 @@ static inline __m512i dot(int kind, const __m512i *w, const int8_t *q, __m512i s
 
 typedef struct { __m512i first, second; } sub_scales;
 
-/* Q2_K, Q3_K: int16 pairs, since a sum over 16 columns fits 16 bits (16 * 7 * 127); Q6_K: an int32 for each half. */
+/* Q2_K, Q3_K: int16 pairs, since a sum over 16 columns fits 16 bits (16 * 7 * 127); Q6_K: an int32
+ * for each half. */
 static inline sub_scales make_sub(int kind, __m512i pairs)
 {
     if (kind != Q6_K)
         return (sub_scales){pairs, pairs};
-    return (sub_scales){_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 16), _mm512_srai_epi32(pairs, 16)};
+    return (sub_scales){_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 16),
+                        _mm512_srai_epi32(pairs, 16)};
 }
 
-static inline __m512i dot_sub(int kind, const __m512i *w, const int8_t *q, sub_scales sub, __m512i start)
+static inline __m512i dot_sub(int kind, const __m512i *w, const int8_t *q, sub_scales sub,
+                              __m512i start)
 {
     __m512i a = _mm512_setzero_si512(), b = _mm512_setzero_si512();
     for (int g = 0; g < 4; g++) {
@@ -100,7 +106,8 @@ static inline __m512i dot_sub(int kind, const __m512i *w, const int8_t *q, sub_s
         const __m512i sums = _mm512_mask_mov_epi16(a, 0xaaaaaaaa, _mm512_slli_epi32(b, 16));
         return _mm512_add_epi32(start, _mm512_madd_epi16(sums, sub.first));
     }
-    return _mm512_add_epi32(_mm512_add_epi32(start, _mm512_mullo_epi32(a, sub.first)), _mm512_mullo_epi32(b, sub.second));
+    return _mm512_add_epi32(_mm512_add_epi32(start, _mm512_mullo_epi32(a, sub.first)),
+                            _mm512_mullo_epi32(b, sub.second));
 }
 
 #include "linear_simd.h"
@@ -129,7 +136,8 @@ static void quantize_row(const float *x, int64_t n_cols, void *act)
     }
 }
 
-const linear_table linear_avx512_vnni = {"avx512_vnni", quantize_row, linear, linear_dequantize_row};
+const linear_table linear_avx512_vnni = {"avx512_vnni", quantize_row, linear,
+                                         linear_dequantize_row};
 
 #if defined(__clang__)
 #pragma clang attribute pop

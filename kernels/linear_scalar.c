@@ -1,4 +1,5 @@
-/* Matrix products in portable C: complete, and the meaning of the vector versions, which do the same float operations. */
+/* Matrix products in portable C: complete, and the meaning of the vector versions, which do the
+ * same float operations. */
 #include <math.h>
 
 #include "formats.h"
@@ -31,9 +32,11 @@ static void quantize_block(const float *x, act_block *out)
     int sums[2] = {0, 0};
     for (int k = 0; k < 32; k++) {
         float v = x[k] * inverse;
-        v = v < 127.0f ? v : 127.0f; /* a product may end just above; infinity and NaN, which have no int8, are left to d */
+        v = v < 127.0f ? v : 127.0f; /* a product may end just above; infinity and NaN, which have
+                                        no int8, are left to d */
         v = v > -127.0f ? v : -127.0f;
-        out->q[k] = (int8_t)(v + 12582912.0f - 12582912.0f); /* 1.5 * 2^23: the sum has no room for a fraction */
+        out->q[k] = (int8_t)(v + 12582912.0f -
+                             12582912.0f); /* 1.5 * 2^23: the sum has no room for a fraction */
         sums[k / 16] += out->q[k];
     }
     out->sum16[0] = (int16_t)sums[0];
@@ -57,8 +60,14 @@ typedef struct {
     int32_t sub_min[2][TILE_ROWS];  /* Q2_K: its mins, which m multiplies */
 } tile_block;
 
-static INLINE int nibble_at(const uint8_t *p, int g, int i) { return p[64 * (g % 4) + i] >> 4 * (g / 4) & 15; }
-static INLINE int two_at(const uint8_t *p, int g, int i) { return p[64 * (g / 4) + i] >> 2 * (g % 4) & 3; }
+static INLINE int nibble_at(const uint8_t *p, int g, int i)
+{
+    return p[64 * (g % 4) + i] >> 4 * (g / 4) & 15;
+}
+static INLINE int two_at(const uint8_t *p, int g, int i)
+{
+    return p[64 * (g / 4) + i] >> 2 * (g % 4) & 3;
+}
 static INLINE int bit_at(const uint8_t *p, int g, int i) { return p[i] >> g & 1; }
 
 /* Byte i of group g of a code block. */
@@ -111,7 +120,8 @@ static INLINE void read_scales(int kind, const uint8_t *p, int b, tile_block *t)
     const uint8_t *d = p + d_at(kind);
     for (int row = 0; row < TILE_ROWS; row++) {
         t->d[row] = kind == MXFP4 ? float_of_e8m0_half(p[row]) : float_of_f16(read_u16(d, row));
-        t->m[row] = form == FORM_MIN || form == FORM_SUB_MIN ? float_of_f16(read_u16(d + 32, row)) : 0.0f;
+        t->m[row] = form == FORM_MIN || form == FORM_SUB_MIN ? float_of_f16(read_u16(d + 32, row))
+                                                             : 0.0f;
         if (kind == Q4_K || kind == Q5_K) {
             t->d[row] *= (float)scale6(p, 0, row, b);
             t->m[row] *= -(float)scale6(p, 1, row, b);
@@ -162,8 +172,8 @@ static INLINE void add_block(int kind, const tile_block *t, const act_block *x, 
 /* ---- products ---- */
 
 /* One tile, up to CHUNK tokens. */
-static INLINE void tile_of_blocks(int kind, int64_t n_cols, const uint8_t *tile, const uint8_t *act, size_t act_stride,
-                                  int n, float acc[][TILE_ROWS])
+static INLINE void tile_of_blocks(int kind, int64_t n_cols, const uint8_t *tile, const uint8_t *act,
+                                  size_t act_stride, int n, float acc[][TILE_ROWS])
 {
     const format_traits f = formats[kind];
     const uint8_t *codes = tile + scale_plane_bytes(kind, n_cols);
@@ -178,14 +188,15 @@ static INLINE void tile_of_blocks(int kind, int64_t n_cols, const uint8_t *tile,
 }
 
 /* One tile of a float kind: one lane per row, k in order. */
-static INLINE void tile_of_floats(int kind, int64_t n_cols, const uint8_t *tile, const uint8_t *act, size_t act_stride,
-                                  int n, float acc[][TILE_ROWS])
+static INLINE void tile_of_floats(int kind, int64_t n_cols, const uint8_t *tile, const uint8_t *act,
+                                  size_t act_stride, int n, float acc[][TILE_ROWS])
 {
     for (int64_t k = 0; k < n_cols; k++) {
         float w[TILE_ROWS];
         for (int row = 0; row < TILE_ROWS; row++) {
-            w[row] = kind == F32 ? float_of_bits(read_u32(tile + 64 * k, row))
-                   : kind == F16 ? float_of_f16(read_u16(tile + 32 * k, row)) : float_of_bf16(read_u16(tile + 32 * k, row));
+            w[row] = kind == F32   ? float_of_bits(read_u32(tile + 64 * k, row))
+                     : kind == F16 ? float_of_f16(read_u16(tile + 32 * k, row))
+                                   : float_of_bf16(read_u16(tile + 32 * k, row));
         }
         for (int t = 0; t < n; t++) {
             float x = ((const float *)(act + t * act_stride))[k];
@@ -195,32 +206,37 @@ static INLINE void tile_of_floats(int kind, int64_t n_cols, const uint8_t *tile,
     }
 }
 
-typedef void tile_function(int64_t n_cols, const uint8_t *tile, const uint8_t *act, size_t act_stride, int n,
-                           float acc[][TILE_ROWS]);
+typedef void tile_function(int64_t n_cols, const uint8_t *tile, const uint8_t *act,
+                           size_t act_stride, int n, float acc[][TILE_ROWS]);
 
 #define BLOCK_TILE(K) \
-    static void tile_##K(int64_t n_cols, const uint8_t *tile, const uint8_t *act, size_t act_stride, int n, \
-                         float acc[][TILE_ROWS]) { tile_of_blocks(K, n_cols, tile, act, act_stride, n, acc); }
+    static void tile_##K(int64_t n_cols, const uint8_t *tile, const uint8_t *act, \
+                         size_t act_stride, int n, float acc[][TILE_ROWS]) \
+    { tile_of_blocks(K, n_cols, tile, act, act_stride, n, acc); }
 #define FLOAT_TILE(K) \
-    static void tile_##K(int64_t n_cols, const uint8_t *tile, const uint8_t *act, size_t act_stride, int n, \
-                         float acc[][TILE_ROWS]) { tile_of_floats(K, n_cols, tile, act, act_stride, n, acc); }
+    static void tile_##K(int64_t n_cols, const uint8_t *tile, const uint8_t *act, \
+                         size_t act_stride, int n, float acc[][TILE_ROWS]) \
+    { tile_of_floats(K, n_cols, tile, act, act_stride, n, acc); }
 #define TILE_ENTRY(K) [K] = tile_##K,
 BLOCK_KINDS(BLOCK_TILE)
 FLOAT_KINDS(FLOAT_TILE)
-static tile_function *const tile_functions[N_KINDS] = {BLOCK_KINDS(TILE_ENTRY) FLOAT_KINDS(TILE_ENTRY)};
+static tile_function *const tile_functions[N_KINDS] = {BLOCK_KINDS(TILE_ENTRY)
+                                                           FLOAT_KINDS(TILE_ENTRY)};
 
-static void linear(const packed_matrix *m, const void *act, size_t act_stride, int64_t n_tokens, const float *bias,
-                   float *out, int64_t ld, int64_t tile_begin, int64_t tile_end)
+static void linear(const packed_matrix *m, const void *act, size_t act_stride, int64_t n_tokens,
+                   const float *bias, float *out, int64_t ld, int64_t tile_begin, int64_t tile_end)
 {
     for (int64_t i = tile_begin; i < tile_end; i++)
         for (int64_t t0 = 0; t0 < n_tokens; t0 += CHUNK) {
             int n = n_tokens - t0 < CHUNK ? (int)(n_tokens - t0) : CHUNK;
             float acc[CHUNK][TILE_ROWS] = {{0}};
-            tile_functions[m->kind](m->n_cols, m->data + i * m->tile_bytes, (const uint8_t *)act + t0 * act_stride,
-                                    act_stride, n, acc);
+            tile_functions[m->kind](m->n_cols, m->data + i * m->tile_bytes,
+                                    (const uint8_t *)act + t0 * act_stride, act_stride, n, acc);
             for (int t = 0; t < n; t++)
-                for (int64_t row = i * TILE_ROWS; row < (i + 1) * TILE_ROWS && row < m->n_rows; row++)
-                    out[(t0 + t) * ld + row] = acc[t][row - i * TILE_ROWS] + (bias ? bias[row] : 0.0f);
+                for (int64_t row = i * TILE_ROWS; row < (i + 1) * TILE_ROWS && row < m->n_rows;
+                     row++)
+                    out[(t0 + t) * ld + row] = acc[t][row - i * TILE_ROWS] +
+                                               (bias ? bias[row] : 0.0f);
         }
 }
 

@@ -1,25 +1,30 @@
-/* Matrix products, written once over the few vector operations that an instruction set file defines before including this.
+/* Matrix products, written once over the few vector operations that an instruction set file defines
+ * before it includes this.
  *
- * LANES rows at a time (16: a whole tile, 8: half of one, PARTS of them in a tile). Operations it needs:
- *   vint, vfloat              LANES groups of 4 bytes / LANES floats
- *   vi_load(p)  vi_and or xor(a, b)  vi_set8 set16 set32(c)  vi_left16 right16 left32 right32(a, constant)
- *   vi_lookup(table, i)       table: vi_table(16 bytes), i: bytes below 16
+ * LANES rows at a time: 16, a whole tile, or 8, one of the two PARTS of a tile. What it needs:
+ *   vint, vfloat            LANES groups of 4 bytes / LANES floats
+ *   vi_load(p)  vi_splat32(p): 4 bytes at p in every lane  vi_set8 set16 set32(c)
+ *   vi_and or xor(a, b)  vi_left16 right16 left32 right32(a, constant)
+ *   vi_lookup(table, i)     table: vi_table(16 bytes), i: bytes below 16
  *   vi_add16 add32 mul16(a, b)  vi_madd16(a, b): int32 lanes of a0*b0 + a1*b1
- *   vi_pairs_u8 s8(p)         2 * LANES bytes -> int16      vi_u16(p): LANES uint16 -> int32
- *   vi_splat32(p)             4 bytes at p in every lane
+ *   vi_pairs_u8 s8(p)       2 * LANES bytes -> int16      vi_u16(p): LANES uint16 -> int32
  *   vf_zero()  vf_load f16 bf16 e8m0 splat(p)  vf_of_i32(a)  vf_mul add(a, b)  vf_store(p, a)
- *   vf_fma fnma(a, b, c)      c + a*b, c - a*b, rounded once
- *   dot(kind, w, q, start)    start + sum over the 32 columns of w * q; w: vint[8], q: 32 activations
- *   dot_sub(kind, w, q, sub, start)  the same with each half times its sub-scale; sub: make_sub(kind, int16 pairs)
- *   CODES_SIGNED              codes of offset 128 are wanted as int8 with offset 0
- *   MAX_TOKENS                tokens of the largest register tile: 12, 8 or 4 (with 32 registers, 16 spill: 13 % off Q4_0)
- *   FLOAT_TOKENS, FLOAT_TILES the same for the float kinds, and how many tiles one token takes at once
+ *   vf_fma fnma(a, b, c)    c + a*b, c - a*b, rounded once
+ *   dot(kind, w, q, start)  start + the sum over 32 columns of w * q; w: vint[8], q: 32 activations
+ *   dot_sub(kind, w, q, sub, start)  the same with each half times its sub-scale;
+ *                           sub: a sub_scales, from make_sub(kind, int16 pairs)
+ *   CODES_SIGNED            codes of offset 128 are wanted as int8 with offset 0
+ *   MAX_TOKENS              tokens of the largest register tile: 12, 8 or 4 (16 spill even with 32
+ *                           registers: 13 % off Q4_0)
+ *   FLOAT_TOKENS            the same for the float kinds
+ *   FLOAT_TILES             tiles that one token takes at once there
  */
 #include "formats.h"
 
-#define INLINE static inline __attribute__((always_inline)) /* kind and the numbers of tokens are constants inside */
+/* kind and the numbers of tokens are constants inside */
+#define INLINE static inline __attribute__((always_inline))
 
-/* For the loop over a register tile's tokens: its accumulators then stay in registers (5 % at 512 tokens). */
+/* For the loop over a register tile's tokens: its sums stay in registers (5 % at 512 tokens). */
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -33,7 +38,10 @@ enum { PARTS = TILE_ROWS / LANES, PART_BYTES = 4 * LANES };
 INLINE int is_wide(int kind) { return formats[kind].offset == 128; }
 INLINE int has_fifth_bit(int kind) { return kind == Q5_0 || kind == Q5_1 || kind == Q5_K; }
 
-INLINE vint as_wanted(int kind, vint w) { return CODES_SIGNED && is_wide(kind) ? vi_xor(w, vi_set8((char)0x80)) : w; }
+INLINE vint as_wanted(int kind, vint w)
+{
+    return CODES_SIGNED && is_wide(kind) ? vi_xor(w, vi_set8((char)0x80)) : w;
+}
 
 INLINE void decode_bytes(int kind, const uint8_t *p, vint *w)
 {
@@ -133,7 +141,7 @@ INLINE void decode(int kind, const uint8_t *p, vint *w)
 
 /* ---- scales ---- */
 
-/* What the blocks of a scale group share; the packed 6-bit scales are shifted on from block to block. */
+/* What the blocks of a scale group share; packed 6-bit scales are shifted from block to block. */
 typedef struct {
     vfloat d, m;
     vint low, low_second, high;
@@ -145,7 +153,8 @@ INLINE scale_group read_group(int kind, const uint8_t *p, int part)
     scale_group s;
     const uint8_t *d = p + d_at(kind) + 2 * LANES * part;
     s.d = kind == MXFP4 ? vf_e8m0(p + LANES * part) : vf_f16(d);
-    s.m = formats[kind].form == FORM_MIN || formats[kind].form == FORM_SUB_MIN ? vf_f16(d + 32) : s.d;
+    s.m = formats[kind].form == FORM_MIN || formats[kind].form == FORM_SUB_MIN ? vf_f16(d + 32)
+                                                                               : s.d;
     s.low = s.low_second = s.high = vi_set8(0);
     s.bytes = p + 2 * LANES * part;
     if (kind == Q3_K || kind == Q4_K || kind == Q5_K) {
@@ -161,7 +170,10 @@ INLINE scale_group read_group(int kind, const uint8_t *p, int part)
 }
 
 /* low nibble | two bits of high above it */
-INLINE vint join6(vint low, vint high_at_4) { return vi_or(vi_and(low, vi_set32(15)), vi_and(high_at_4, vi_set32(48))); }
+INLINE vint join6(vint low, vint high_at_4)
+{
+    return vi_or(vi_and(low, vi_set32(15)), vi_and(high_at_4, vi_set32(48)));
+}
 
 INLINE void next_block(int kind, scale_group *s)
 {
@@ -183,17 +195,19 @@ INLINE block_scales read_block_scales(int kind, scale_group *s)
 {
     block_scales b = {.d = s->d, .m = s->m};
     vint pairs = vi_set8(0);
-    b.offset = vi_set32((int)((uint32_t)-formats[kind].offset << 16 | ((uint32_t)-formats[kind].offset & 0xffff)));
+    b.offset = vi_set16((int16_t)-formats[kind].offset);
     if (kind == Q4_K || kind == Q5_K) {
         b.d = vf_mul(s->d, vf_of_i32(join6(s->low, vi_left32(s->high, 4))));
         b.m = vf_mul(s->m, vf_of_i32(join6(s->low_second, vi_left32(s->high, 2))));
     }
     if (kind == IQ4_XS)
-        b.d = vf_mul(s->d, vf_of_i32(vi_add32(join6(s->low, vi_left32(s->high, 4)), vi_set32(-32))));
+        b.d = vf_mul(s->d,
+                     vf_of_i32(vi_add32(join6(s->low, vi_left32(s->high, 4)), vi_set32(-32))));
     if (kind == Q6_K)
         pairs = vi_pairs_s8(s->bytes);
     if (kind == Q3_K) {
-        vint first = join6(s->low, vi_left32(s->high, 4)), second = join6(s->low_second, vi_left32(s->high, 2));
+        vint first = join6(s->low, vi_left32(s->high, 4)),
+             second = join6(s->low_second, vi_left32(s->high, 2));
         pairs = vi_add16(vi_or(first, vi_left32(second, 16)), vi_set16(-32));
     }
     if (kind == Q2_K) {
@@ -211,7 +225,8 @@ INLINE block_scales read_block_scales(int kind, scale_group *s)
 /* ---- one block: 32 columns, one part of a tile, one token ---- */
 
 /* The float operations are those of linear_scalar.c, in the same order. */
-INLINE vfloat add_block(int kind, const vint *w, const block_scales *b, const act_block *x, vfloat acc)
+INLINE vfloat add_block(int kind, const vint *w, const block_scales *b, const act_block *x,
+                        vfloat acc)
 {
     const vfloat dx = vf_splat(&x->d);
     const int form = formats[kind].form;
@@ -234,8 +249,8 @@ INLINE vfloat add_block(int kind, const vint *w, const block_scales *b, const ac
 
 /* ---- one tile, n tokens ---- */
 
-/* How far ahead of the codes in use memory is asked for, across the ends of tiles, which follow one another. One core reads
- * Q4_0 at 28 of 44 GB/s without, 39 at 8 KB, no more at 16 KB. */
+/* How far ahead of the codes in use memory is asked for, across the ends of tiles, which follow one
+ * another. One core reads Q4_0 at 28 of 44 GB/s without, 39 at 8 KB, no more at 16 KB. */
 enum { PREFETCH_BYTES = 8 * 1024 };
 
 /* Writes the sums of one part of a tile for one token; `rows` of its LANES exist. */
@@ -251,14 +266,17 @@ INLINE void write_part(vfloat acc, const float *bias, float *out, int64_t rows)
         out[row] = bias ? sums[row] + bias[row] : sums[row];
 }
 
-/* `parts` parts of one tile from `first` on. One token takes the whole tile in one pass over memory; many go part by part,
- * so that 8 vectors of codes are all that has to stay in registers beside the sums. */
-INLINE void block_tile(int kind, const int n, const int parts, const int first, const packed_matrix *m, int64_t number,
-                       const uint8_t *act, size_t act_stride, const float *bias, float *out, int64_t ld)
+/* `parts` parts of one tile from `first` on. One token takes the whole tile in one pass over
+ * memory; many go part by part, so that 8 vectors of codes are all that has to stay in registers
+ * beside the sums. */
+INLINE void block_tile(int kind, const int n, const int parts, const int first,
+                       const packed_matrix *m, int64_t number, const uint8_t *act,
+                       size_t act_stride, const float *bias, float *out, int64_t ld)
 {
     const format_traits f = formats[kind];
     const int blocks = f.file_cols / 32, bytes = f.code_bytes + f.scale_bytes / blocks;
-    const uint8_t *scales = m->data + number * m->tile_bytes, *codes = scales + scale_plane_bytes(kind, m->n_cols);
+    const uint8_t *scales = m->data + number * m->tile_bytes,
+                  *codes = scales + scale_plane_bytes(kind, m->n_cols);
     const uint8_t *ahead = codes + PREFETCH_BYTES;
     vfloat acc[MAX_TOKENS][PARTS];
     for (int t = 0; t < n; t++)
@@ -268,7 +286,8 @@ INLINE void block_tile(int kind, const int n, const int parts, const int first, 
         scale_group group[PARTS];
         for (int p = 0; p < parts; p++)
             group[p] = read_group(kind, scales, first + p);
-        for (int j = 0; j < blocks; j++, codes += f.code_bytes, ahead += bytes, act += sizeof(act_block)) {
+        for (int j = 0; j < blocks;
+             j++, codes += f.code_bytes, ahead += bytes, act += sizeof(act_block)) {
             for (int at = 0; at < bytes; at += 64)
                 __builtin_prefetch(ahead + at);
             for (int p = 0; p < parts; p++) {
@@ -277,7 +296,8 @@ INLINE void block_tile(int kind, const int n, const int parts, const int first, 
                 const block_scales b = read_block_scales(kind, &group[p]);
                 UNROLL
                 for (int t = 0; t < n; t++)
-                    acc[t][p] = add_block(kind, w, &b, (const act_block *)(act + t * act_stride), acc[t][p]);
+                    acc[t][p] = add_block(kind, w, &b, (const act_block *)(act + t * act_stride),
+                                          acc[t][p]);
             }
         }
     }
@@ -288,9 +308,11 @@ INLINE void block_tile(int kind, const int n, const int parts, const int first, 
         }
 }
 
-/* One tile of a float kind: one lane per row, k in order; `tiles` tiles at once keep the multipliers busy. */
-INLINE void float_tiles(int kind, const int n, const int tiles, const packed_matrix *m, int64_t first, const uint8_t *act,
-                        size_t act_stride, const float *bias, float *out, int64_t ld)
+/* One tile of a float kind: one lane per row, k in order; `tiles` tiles at once keep the
+ * multipliers busy. */
+INLINE void float_tiles(int kind, const int n, const int tiles, const packed_matrix *m,
+                        int64_t first, const uint8_t *act, size_t act_stride, const float *bias,
+                        float *out, int64_t ld)
 {
     const uint8_t *w = m->data + first * m->tile_bytes;
     const int part_bytes = formats[kind].code_bytes / PARTS;
@@ -314,20 +336,22 @@ INLINE void float_tiles(int kind, const int n, const int tiles, const packed_mat
 
 /* ---- tiles and tokens ---- */
 
-typedef void product(const packed_matrix *m, const uint8_t *act, size_t act_stride, int64_t n_tokens, const float *bias,
-                     float *out, int64_t ld, int64_t tile_begin, int64_t tile_end);
+typedef void product(const packed_matrix *m, const uint8_t *act, size_t act_stride,
+                     int64_t n_tokens, const float *bias, float *out, int64_t ld,
+                     int64_t tile_begin, int64_t tile_end);
 
 /* Every token of the range meets a tile while the tile is in the nearest cache. */
-INLINE void block_product(int kind, const packed_matrix *m, const uint8_t *act, size_t act_stride, int64_t n_tokens,
-                          const float *bias, float *out, int64_t ld, int64_t tile_begin, int64_t tile_end)
+INLINE void block_product(int kind, const packed_matrix *m, const uint8_t *act, size_t act_stride,
+                          int64_t n_tokens, const float *bias, float *out, int64_t ld,
+                          int64_t tile_begin, int64_t tile_end)
 {
     for (int64_t i = tile_begin; i < tile_end; i++) {
         int64_t t = 0;
 #define STEP(n) \
         for (; n <= MAX_TOKENS && n_tokens - t >= n; t += n) \
             for (int part = 0; part < PARTS; part += n == 1 ? PARTS : 1) \
-                block_tile(kind, n <= MAX_TOKENS ? n : 1, n == 1 ? PARTS : 1, part, m, i, act + t * act_stride, act_stride, \
-                           bias, out + t * ld, ld)
+                block_tile(kind, n <= MAX_TOKENS ? n : 1, n == 1 ? PARTS : 1, part, m, i, \
+                           act + t * act_stride, act_stride, bias, out + t * ld, ld)
         STEP(12);
         STEP(8);
         STEP(4);
@@ -337,28 +361,33 @@ INLINE void block_product(int kind, const packed_matrix *m, const uint8_t *act, 
     }
 }
 
-INLINE void float_product(int kind, const packed_matrix *m, const uint8_t *act, size_t act_stride, int64_t n_tokens,
-                          const float *bias, float *out, int64_t ld, int64_t tile_begin, int64_t tile_end)
+INLINE void float_product(int kind, const packed_matrix *m, const uint8_t *act, size_t act_stride,
+                          int64_t n_tokens, const float *bias, float *out, int64_t ld,
+                          int64_t tile_begin, int64_t tile_end)
 {
     for (int64_t i = tile_begin; i < tile_end; i += FLOAT_TILES) {
         const int64_t end = i + FLOAT_TILES < tile_end ? i + FLOAT_TILES : tile_end;
         int64_t t = 0;
         for (; n_tokens - t >= FLOAT_TOKENS; t += FLOAT_TOKENS)
             for (int64_t j = i; j < end; j++)
-                float_tiles(kind, FLOAT_TOKENS, 1, m, j, act + t * act_stride, act_stride, bias, out + t * ld, ld);
+                float_tiles(kind, FLOAT_TOKENS, 1, m, j, act + t * act_stride, act_stride, bias,
+                            out + t * ld, ld);
         for (; t < n_tokens; t++) {
             if (end - i == FLOAT_TILES)
-                float_tiles(kind, 1, FLOAT_TILES, m, i, act + t * act_stride, act_stride, bias, out + t * ld, ld);
+                float_tiles(kind, 1, FLOAT_TILES, m, i, act + t * act_stride, act_stride, bias,
+                            out + t * ld, ld);
             else
                 for (int64_t j = i; j < end; j++)
-                    float_tiles(kind, 1, 1, m, j, act + t * act_stride, act_stride, bias, out + t * ld, ld);
+                    float_tiles(kind, 1, 1, m, j, act + t * act_stride, act_stride, bias,
+                                out + t * ld, ld);
         }
     }
 }
 
 #define PRODUCT(K, by) \
-    static void product_##K(const packed_matrix *m, const uint8_t *act, size_t act_stride, int64_t n_tokens, \
-                            const float *bias, float *out, int64_t ld, int64_t tile_begin, int64_t tile_end) \
+    static void product_##K(const packed_matrix *m, const uint8_t *act, size_t act_stride, \
+                            int64_t n_tokens, const float *bias, float *out, int64_t ld, \
+                            int64_t tile_begin, int64_t tile_end) \
     { by(K, m, act, act_stride, n_tokens, bias, out, ld, tile_begin, tile_end); }
 #define BLOCK_PRODUCT(K) PRODUCT(K, block_product)
 #define FLOAT_PRODUCT(K) PRODUCT(K, float_product)
@@ -370,12 +399,13 @@ static product *const products[N_KINDS] = {BLOCK_KINDS(PRODUCT_ENTRY) FLOAT_KIND
 /* A chunk of activations stays in the second cache while all tiles pass over it. */
 enum { CHUNK_BYTES = 384 * 1024 };
 
-static void linear(const packed_matrix *m, const void *act, size_t act_stride, int64_t n_tokens, const float *bias,
-                   float *out, int64_t ld, int64_t tile_begin, int64_t tile_end)
+static void linear(const packed_matrix *m, const void *act, size_t act_stride, int64_t n_tokens,
+                   const float *bias, float *out, int64_t ld, int64_t tile_begin, int64_t tile_end)
 {
     int64_t chunk = (int64_t)(CHUNK_BYTES / act_stride) / MAX_TOKENS * MAX_TOKENS;
     chunk = chunk < MAX_TOKENS ? MAX_TOKENS : chunk;
     for (int64_t t = 0; t < n_tokens; t += chunk)
         products[m->kind](m, (const uint8_t *)act + t * act_stride, act_stride,
-                          n_tokens - t < chunk ? n_tokens - t : chunk, bias, out + t * ld, ld, tile_begin, tile_end);
+                          n_tokens - t < chunk ? n_tokens - t : chunk, bias, out + t * ld, ld,
+                          tile_begin, tile_end);
 }

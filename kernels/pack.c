@@ -1,4 +1,4 @@
-/* From the file's rows to packed tiles, and to floats. Both read a file block through unpack_block. */
+/* From the file's rows to packed tiles, and to floats. Both read a block through unpack_block. */
 #include "formats.h"
 
 /* One file block of one row, every field in a byte of its own. */
@@ -38,7 +38,10 @@ size_t linear_row_bytes(int32_t qtype, int64_t n_cols)
 
 int linear_wants_int8(const packed_matrix *m) { return m->kind < F32; }
 
-size_t linear_act_bytes(int64_t n_cols) { return (size_t)round_up_64(n_cols / 32 * (int64_t)sizeof(act_block)); }
+size_t linear_act_bytes(int64_t n_cols)
+{
+    return (size_t)round_up_64(n_cols / 32 * (int64_t)sizeof(act_block));
+}
 
 /* ---- unpacking one file block ---- */
 
@@ -61,7 +64,8 @@ static void unpack_nibbles(const uint8_t *qs, uint32_t *codes)
 /* Bit k of qh becomes bit 4 of code k. The factor moves bit i of a nibble to bit 0 of byte i. */
 static void unpack_fifth_bits(const uint8_t *qh, uint32_t *codes)
 {
-    uint32_t bits = (uint32_t)qh[0] | (uint32_t)qh[1] << 8 | (uint32_t)qh[2] << 16 | (uint32_t)qh[3] << 24;
+    uint32_t bits = (uint32_t)qh[0] | (uint32_t)qh[1] << 8 | (uint32_t)qh[2] << 16 |
+                    (uint32_t)qh[3] << 24;
     for (int g = 0; g < 8; g++)
         codes[g] |= ((bits >> 4 * g & 15) * 0x00204081u & LOW_ONES) << 4;
 }
@@ -74,7 +78,7 @@ static void unpack_nibbles_k(const uint8_t *qs, uint32_t *codes)
             codes[8 * b + i] = word(qs + 32 * (b / 2), i) >> 4 * (b % 2) & LOW_NIBBLES;
 }
 
-/* 64 bytes -> two bits of 256 codes, block b in bits 2(b % 4) of 32 bytes; they go to bits `at`, `at` + 1. */
+/* 64 bytes -> two bits of 256 codes, block b in bits 2(b % 4) of 32 bytes; they go to bit `at`. */
 static void unpack_twos_k(const uint8_t *qs, uint32_t *codes, int at)
 {
     for (int b = 0; b < 8; b++)
@@ -90,7 +94,8 @@ static void unpack_ones_k(const uint8_t *qh, uint32_t *codes, int at)
             codes[8 * b + i] |= (word(qh, i) >> b & LOW_ONES) << at;
 }
 
-/* q4_k, q5_k: 8 scales, 8 mins of 6 bits. Bytes 0-3 and 4-7: the first four of each; their top bits belong to the last. */
+/* q4_k, q5_k: 8 scales, 8 mins of 6 bits. Bytes 0-3 and 4-7: the first four of each; their top bits
+ * belong to the last. */
 static void unpack_scales_mins(const uint8_t *s, row_block *b)
 {
     for (int i = 0; i < 4; i++) {
@@ -133,7 +138,8 @@ static void unpack_q6_k(const block_q6_k *s, row_block *b)
 {
     for (int i = 0; i < 8; i++)
         for (int j = 0; j < 8; j++)
-            b->codes[8 * i + j] = word(s->ql + 64 * (i / 4) + 32 * (i % 2), j) >> 4 * (i / 2 % 2) & LOW_NIBBLES;
+            b->codes[8 * i + j] = word(s->ql + 64 * (i / 4) + 32 * (i % 2), j) >> 4 * (i / 2 % 2) &
+                                  LOW_NIBBLES;
     unpack_twos_k(s->qh, b->codes, 4);
     memcpy(b->scale, s->scales, 16);
     b->d = s->d;
@@ -185,7 +191,7 @@ static void unpack_block(int kind, const uint8_t *src, row_block *b)
     case Q8_0: {
         FILE_BLOCK(block_q8_0, s);
         for (int i = 0; i < 8; i++)
-            b->codes[i] = word((const uint8_t *)s.qs, i) ^ 0x80808080u; /* int8 -> code with offset 128 */
+            b->codes[i] = word((const uint8_t *)s.qs, i) ^ 0x80808080u; /* offset 128 */
         b->d = s.d;
         break;
     }
@@ -237,7 +243,10 @@ static void unpack_block(int kind, const uint8_t *src, row_block *b)
 
 /* ---- packing ---- */
 
-static void put_word(uint8_t *vectors, int vector, int row, uint32_t w) { memcpy(vectors + 64 * vector + 4 * row, &w, 4); }
+static void put_word(uint8_t *vectors, int vector, int row, uint32_t w)
+{
+    memcpy(vectors + 64 * vector + 4 * row, &w, 4);
+}
 
 static void put_bytes(const uint32_t *codes, int row, uint8_t *out)
 {
@@ -301,7 +310,8 @@ static void put_codes(int kind, const uint32_t *codes, int row, uint8_t *out)
 static void put_u16(uint8_t *out, int row, uint16_t v) { memcpy(out + 2 * row, &v, 2); }
 
 /* formats.h, scales6: two 6-bit numbers for each of 8 blocks. */
-static void put_scales6(const uint8_t *first, const uint8_t *second, int step, int row, uint8_t *out)
+static void put_scales6(const uint8_t *first, const uint8_t *second, int step, int row,
+                        uint8_t *out)
 {
     uint32_t low_first = 0, low_second = 0, high = 0;
     for (int b = 0; b < 8; b++) {
@@ -352,7 +362,8 @@ static void put_scales(int kind, const row_block *b, int row, uint8_t *out)
         put_u16(out + d_at(kind) + 32, row, b->m);
 }
 
-static void pack_block_tile(int kind, int64_t n_cols, const uint8_t *src, size_t row_bytes, int n_rows, uint8_t *tile)
+static void pack_block_tile(int kind, int64_t n_cols, const uint8_t *src, size_t row_bytes,
+                            int n_rows, uint8_t *tile)
 {
     const format_traits f = formats[kind];
     uint8_t *codes = tile + scale_plane_bytes(kind, n_cols);
@@ -362,11 +373,13 @@ static void pack_block_tile(int kind, int64_t n_cols, const uint8_t *src, size_t
             unpack_block(kind, src + row * row_bytes + i * f.file_bytes, &b);
             put_scales(kind, &b, row, tile + i * f.scale_bytes);
             for (int j = 0; j < f.file_cols / 32; j++)
-                put_codes(kind, b.codes + 8 * j, row, codes + (i * (f.file_cols / 32) + j) * f.code_bytes);
+                put_codes(kind, b.codes + 8 * j, row,
+                          codes + (i * (f.file_cols / 32) + j) * f.code_bytes);
         }
 }
 
-static void pack_float_tile(int kind, int64_t n_cols, const uint8_t *src, size_t row_bytes, int n_rows, uint8_t *tile)
+static void pack_float_tile(int kind, int64_t n_cols, const uint8_t *src, size_t row_bytes,
+                            int n_rows, uint8_t *tile)
 {
     size_t size = (size_t)formats[kind].file_bytes;
     for (int64_t k = 0; k < n_cols; k++)
@@ -383,8 +396,8 @@ void linear_pack(const packed_matrix *m, const uint8_t *src, int64_t tile_begin,
         uint8_t *tile = m->data + i * m->tile_bytes;
         if (n_rows < TILE_ROWS) /* rows that are not there weigh nothing: code 0, scale 0 */
             memset(tile, 0, m->tile_bytes);
-        (m->kind < F32 ? pack_block_tile : pack_float_tile)(m->kind, m->n_cols, src + i * TILE_ROWS * row_bytes, row_bytes,
-                                                            n_rows, tile);
+        (m->kind < F32 ? pack_block_tile : pack_float_tile)(
+            m->kind, m->n_cols, src + i * TILE_ROWS * row_bytes, row_bytes, n_rows, tile);
     }
 }
 
@@ -416,7 +429,9 @@ static float block_min(int kind, const row_block *b, int k)
 static void dequantize_block(int kind, const row_block *b, float *out)
 {
     const uint8_t *codes = (const uint8_t *)b->codes;
-    const uint8_t *table = kind == MXFP4 ? mxfp4_table : kind == IQ4_NL || kind == IQ4_XS ? iq4_table : NULL;
+    const uint8_t *table = kind == IQ4_NL || kind == IQ4_XS ? iq4_table : NULL;
+    if (kind == MXFP4)
+        table = mxfp4_table;
     for (int k = 0; k < formats[kind].file_cols; k += 16) {
         float scale = block_scale(kind, b, k), min = block_min(kind, b, k);
         for (int i = k; i < k + 16; i++) {

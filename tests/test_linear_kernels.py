@@ -1,15 +1,18 @@
-"""Matrix products with block-quantized weights, on every SIMD level, against NumPy and `gguf.quants`.
+"""Matrix products with block-quantized weights, on every SIMD level, against NumPy and `gguf`.
 
-The twin of a product is float64: `gguf.quants.dequantize(weights)` times activations rounded to int8 as the kernels
-round them. The distance allowed between the two follows from the arithmetic, with eps = 2^-24 and S the sum of
-|x| * (|scale * code| + |min|) over a row, the two kept apart because they cancel in a weight:
+The twin of a product is float64: `gguf.quants.dequantize(weights)` times activations rounded to
+int8 as the kernels round them. The distance allowed between the two follows from the arithmetic,
+with eps = 2^-24 and S the sum of |x| * (|scale * code| + |min|) over a row, the two kept apart
+because they cancel in a weight:
 
-- inside a block of 32 columns the sums are exact integers; turning one into a float32 costs eps, the product of the two
-  scales another, a min's product with the activations' sum two;
-- each block is added by one fma, with a min by two: eps of the partial sum each, and no partial sum exceeds S;
+- inside a block of 32 columns the sums are exact integers; turning one into a float32 costs eps,
+  the product of the two scales another, a min's product with the activations' sum two;
+- each block is added by one fma, with a min by two: eps of the partial sum each, and no partial
+  sum exceeds S;
 - the oracle's own float32 weights have been rounded at most three times.
 
-Together (2 * blocks + 7) * eps * S; a bias is one more addition. The float formats add K products by fma: K * eps * S.
+Together (2 * blocks + 7) * eps * S; a bias is one more addition. The float formats add K products
+by fma: K * eps * S.
 """
 import numpy as np
 import pytest
@@ -20,10 +23,12 @@ _kernels = pytest.importorskip("tinychat._kernels", reason="the native kernels a
 EPS = 2.0 ** -24
 LEVELS = _kernels.isa_levels()
 FLOATS = ["F32", "F16", "BF16"]
-BLOCKS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
-SCALE_AT = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}                            # byte of the float16 d; 0 for the others
-MIN_AT = {"Q4_1": 2, "Q5_1": 2, "Q2_K": 82, "Q4_K": 2, "Q5_K": 2}            # byte of the float16 m or dmin
-SHAPES = [(1, 1), (2, 15), (3, 16), (4, 17), (5, 37), (6, 1), (7, 48), (8, 64), (9, 33), (15, 16), (16, 20), (33, 37)]
+BLOCKS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+          "IQ4_NL", "IQ4_XS", "MXFP4"]
+SCALE_AT = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}  # byte of the float16 d; 0 for the others
+MIN_AT = {"Q4_1": 2, "Q5_1": 2, "Q2_K": 82, "Q4_K": 2, "Q5_K": 2}  # byte of the float16 m or dmin
+SHAPES = [(1, 1), (2, 15), (3, 16), (4, 17), (5, 37), (6, 1), (7, 48), (8, 64), (9, 33), (15, 16),
+          (16, 20), (33, 37)]  # tokens, rows
 
 
 def n_cols_of(name: str, wanted: int) -> int:
@@ -33,7 +38,7 @@ def n_cols_of(name: str, wanted: int) -> int:
 
 
 def random_weights(name: str, n_rows: int, n_cols: int, rng, scale: float = 0.02) -> np.ndarray:
-    """uint8 (n_rows, row bytes): every code and sub-scale is random, the float16 scales are finite."""
+    """uint8 (n_rows, row bytes): codes and sub-scales are random, the float16 scales finite."""
     if name in FLOATS:
         return quants.quantize(rng.standard_normal((n_rows, n_cols)).astype(np.float32),
                                GGMLQuantizationType[name]).view(np.uint8)
@@ -72,7 +77,7 @@ def weight_size(name: str, raw: np.ndarray) -> np.ndarray:
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
-    """Activations as the kernels take them: int8 by blocks of 32, d = max|x| / 127, ties to even. float64."""
+    """Activations as the kernels take them: int8 times d = max|x| / 127 by blocks of 32. float64."""
     blocks = x.reshape(x.shape[0], -1, 32)
     amax = abs(blocks).max(-1, keepdims=True)
     d = np.where(amax <= 1e-30, 0, amax / np.float32(127))
@@ -83,8 +88,9 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 
 def linear(level, name, raw, x, bias=None, tiles=None):
-    return _kernels.linear(level, GGMLQuantizationType[name], np.ascontiguousarray(raw).reshape(-1), raw.shape[0],
-                           x.shape[1], np.ascontiguousarray(x, np.float32), bias, tiles)
+    return _kernels.linear(level, GGMLQuantizationType[name],
+                           np.ascontiguousarray(raw).reshape(-1), raw.shape[0], x.shape[1],
+                           np.ascontiguousarray(x, np.float32), bias, tiles)
 
 
 def check(level, name, raw, x, bias=None):
@@ -144,7 +150,7 @@ def test_dequantized_rows_are_exactly_those_of_gguf(level, name):
     rng = np.random.default_rng(4)
     raw = random_weights(name, 3, 1024, rng)
     if name == "MXFP4":
-        raw.reshape(3, -1, 17)[..., 0] = rng.integers(0, 250, (3, 32))  # above, the oracle overflows
+        raw.reshape(3, -1, 17)[..., 0] = rng.integers(0, 250, (3, 32))  # from 252 on: infinite
     out = _kernels.dequantize(level, GGMLQuantizationType[name], raw.reshape(-1), 3, 1024)
     assert np.array_equal(out, weights(name, raw))
 
@@ -161,8 +167,8 @@ def test_every_float16_becomes_the_same_float32():
 @pytest.mark.parametrize("byte", [0x00, 0xff, 0x80, 0x7f])
 def test_extreme_codes_against_extreme_activations_do_not_saturate(level, name, byte):
     n_cols = n_cols_of(name, 256)
-    raw = np.full((16, n_cols // 32 * 32 // GGML_QUANT_SIZES[GGMLQuantizationType[name]][0]
-                   * GGML_QUANT_SIZES[GGMLQuantizationType[name]][1]), byte, np.uint8)
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    raw = np.full((16, n_cols // block * size), byte, np.uint8)
     if name == "MXFP4":
         raw.reshape(16, -1, 17)[..., 0] = 128
     else:
@@ -185,7 +191,8 @@ def test_scales_from_denormal_to_largest(level, name):
     if name == "MXFP4":
         raw.reshape(4, -1, 17)[..., 0] = np.array([40, 100, 160, 220])[:, None]
     else:
-        raw = with_field(name, raw, SCALE_AT.get(name, 0), np.array([[6e-8], [3e-5], [1.0], [65504.0]]))
+        scales = np.array([[6e-8], [3e-5], [1.0], [65504.0]])
+        raw = with_field(name, raw, SCALE_AT.get(name, 0), scales)
     check(level, name, raw, x)
 
 
