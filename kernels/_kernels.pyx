@@ -238,18 +238,21 @@ cdef _aligned(size_t n_bytes):
     return memory[start:start + n_bytes]
 
 
-cdef int _check_weights(int qtype, const uint8_t[::1] raw, int64_t n_rows, int64_t n_cols, packed_matrix *m) except -1:
+cdef int _check_weights(int qtype, const uint8_t[::1] raw, int64_t n_rows, int64_t n_cols,
+                        packed_matrix *m) except -1:
     if linear_plan(qtype, n_rows, n_cols, m) < 0:
         raise ValueError(f"no kernel reads {n_rows}x{n_cols} weights of type {qtype}")
-    if <size_t>raw.shape[0] != <size_t>n_rows * linear_row_bytes(qtype, n_cols):
-        raise ValueError(f"expected {n_rows} rows of {linear_row_bytes(qtype, n_cols)} bytes, got {raw.shape[0]} bytes")
+    cdef size_t row_bytes = linear_row_bytes(qtype, n_cols)
+    if <size_t>raw.shape[0] != <size_t>n_rows * row_bytes:
+        raise ValueError(f"expected {n_rows} rows of {row_bytes} bytes, got {raw.shape[0]} bytes")
     return 0
 
 
-def linear(str isa, int qtype, const uint8_t[::1] raw, int64_t n_rows, int64_t n_cols, const float[:, ::1] x,
-           const float[::1] bias=None, tiles=None) -> np.ndarray:
-    """x (T, n_cols) @ weights (n_rows, n_cols) transposed + bias -> float32 (T, n_rows): one product, as `step` computes it.
+def linear(str isa, int qtype, const uint8_t[::1] raw, int64_t n_rows, int64_t n_cols,
+           const float[:, ::1] x, const float[::1] bias=None, tiles=None) -> np.ndarray:
+    """One product, as `step` computes it: x (T, n_cols) @ weights (n_rows, n_cols)ᵀ + bias.
 
+    Returns float32 (T, n_rows).
     raw: the weights' bytes as in a file; tiles: (begin, end), only these groups of TILE_ROWS rows.
     """
     cdef const linear_table *table = _table(isa).linear
@@ -261,24 +264,29 @@ def linear(str isa, int qtype, const uint8_t[::1] raw, int64_t n_rows, int64_t n
     if not 0 <= begin < end <= linear_tiles(&m):
         raise ValueError(f"expected a range of the {linear_tiles(&m)} tiles, got {tiles}")
     cdef uint8_t[::1] packed = _aligned(linear_tiles(&m) * m.tile_bytes)
-    cdef size_t stride = linear_act_bytes(n_cols) if linear_wants_int8(&m) else n_cols * sizeof(float)
+    cdef bint int8 = linear_wants_int8(&m)
+    cdef size_t stride = linear_act_bytes(n_cols) if int8 else n_cols * sizeof(float)
     cdef uint8_t[::1] act = _aligned(stride * x.shape[0])
     cdef float[:, ::1] out = np.zeros((x.shape[0], n_rows), np.float32)
     cdef const float *bias_data = &bias[0] if bias is not None else NULL
-    cdef const void *rows = &act[0] if linear_wants_int8(&m) else <const void *>&x[0, 0]
+    cdef const void *rows = &act[0] if int8 else <const void *>&x[0, 0]
     cdef int64_t t
     m.data = &packed[0]
     with nogil:
         linear_pack(&m, &raw[0], begin, end)
-        if linear_wants_int8(&m):
+        if int8:
             for t in range(x.shape[0]):
                 table.quantize_row(&x[t, 0], n_cols, &act[t * stride])
         table.linear(&m, rows, stride, x.shape[0], bias_data, &out[0, 0], n_rows, begin, end)
     return np.asarray(out)[:, begin * TILE_ROWS:end * TILE_ROWS]
 
 
-def dequantize(str isa, int qtype, const uint8_t[::1] raw, int64_t n_rows, int64_t n_cols) -> np.ndarray:
-    """The weights in `raw`, bytes as in a file -> float32 (n_rows, n_cols), row by row as an embedding lookup reads them."""
+def dequantize(str isa, int qtype, const uint8_t[::1] raw, int64_t n_rows,
+               int64_t n_cols) -> np.ndarray:
+    """The weights in `raw`, bytes as in a file, row by row as an embedding lookup reads them.
+
+    Returns float32 (n_rows, n_cols).
+    """
     cdef const linear_table *table = _table(isa).linear
     cdef packed_matrix m
     _check_weights(qtype, raw, n_rows, n_cols, &m)

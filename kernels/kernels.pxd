@@ -9,13 +9,16 @@ cdef extern from "linear.h" nogil:
         uint8_t *data
     ctypedef struct linear_table:
         void quantize_row(const float *x, int64_t n_cols, void *act) noexcept nogil
-        void linear(const packed_matrix *m, const void *act, size_t act_stride, int64_t n_tokens, const float *bias,
-                    float *out, int64_t ld, int64_t tile_begin, int64_t tile_end) noexcept nogil
-        void dequantize_row(int32_t qtype, const uint8_t *src, int64_t n_cols, float *out) noexcept nogil
+        void linear(const packed_matrix *m, const void *act, size_t act_stride, int64_t n_tokens,
+                    const float *bias, float *out, int64_t ld, int64_t tile_begin,
+                    int64_t tile_end) noexcept nogil
+        void dequantize_row(int32_t qtype, const uint8_t *src, int64_t n_cols,
+                            float *out) noexcept nogil
     int linear_plan(int32_t qtype, int64_t n_rows, int64_t n_cols, packed_matrix *out)
     int64_t linear_tiles(const packed_matrix *m)
     size_t linear_row_bytes(int32_t qtype, int64_t n_cols)
-    void linear_pack(const packed_matrix *m, const uint8_t *src, int64_t tile_begin, int64_t tile_end)
+    void linear_pack(const packed_matrix *m, const uint8_t *src, int64_t tile_begin,
+                     int64_t tile_end)
     int linear_wants_int8(const packed_matrix *m)
     size_t linear_act_bytes(int64_t n_cols)
 
