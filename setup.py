@@ -7,6 +7,7 @@ import os
 from glob import glob
 
 from setuptools import Extension, setup
+from setuptools.command.sdist import sdist
 
 GENERATED = "kernels/_kernels.c"  # Cython writes it beside the .pyx
 
@@ -33,4 +34,14 @@ def kernels() -> list[Extension]:
     )]
 
 
-setup(ext_modules=kernels())
+class SourceDistribution(sdist):
+    """With whole tests: setuptools by itself takes tests/test_*.py, without what they need."""
+
+    def add_defaults(self):
+        super().add_defaults()
+        found = glob("tests/**", recursive=True) + glob("examples/*.py") + glob(".ci/*")
+        self.filelist.extend(path for path in found
+                             if os.path.isfile(path) and "__pycache__" not in path)
+
+
+setup(ext_modules=kernels(), cmdclass={"sdist": SourceDistribution})
