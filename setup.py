@@ -37,11 +37,11 @@ def kernels() -> list[Extension]:
 class SourceDistribution(sdist):
     """With whole tests: setuptools by itself takes tests/test_*.py, without what they need."""
 
-    def add_defaults(self):
-        super().add_defaults()
+    def make_distribution(self):
         found = glob("tests/**", recursive=True) + glob("examples/*.py") + glob(".ci/*")
         self.filelist.extend(path for path in found
                              if os.path.isfile(path) and "__pycache__" not in path)
+        super().make_distribution()
 
 
 setup(ext_modules=kernels(), cmdclass={"sdist": SourceDistribution})
