@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from contextlib import closing
 
 import pytest
 from contract_checker import check_response
@@ -180,8 +181,9 @@ def test_the_first_word_is_the_model_only_if_one_is_called_so(home, qwen):
 
 @pytest.fixture
 def talking(qwen):
-    with Library(default_context_length=512, threads=1, parallel=1) as library:
-        yield talk.Talk(library, Store(), "qwen", system=None, temperature=0, max_output_tokens=8)
+    with Library(default_context_length=512, threads=1, parallel=1) as library, \
+            closing(Store()) as store:
+        yield talk.Talk(library, store, "qwen", system=None, temperature=0, max_output_tokens=8)
 
 
 def typed(monkeypatch, *lines):
