@@ -35,6 +35,14 @@ def shelves(tmp_path):
         library.close()
 
 
+def with_one_more_token(file):
+    file.metadata["tokenizer.ggml.tokens"].append("one more")
+    for key in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores"):
+        if key in file.metadata:
+            file.metadata[key] = np.append(file.metadata[key], file.metadata[key][:1])
+    return file
+
+
 def keys(library):
     return [entry.key for entry in library.list()]
 
@@ -214,6 +222,12 @@ def test_a_context_above_the_models_is_refused(qwen):
             qwen.load("qwen", context_length=length)
         assert error.value.param == "context_length"
     assert qwen.loaded("qwen") is None
+
+
+def test_a_vocabulary_of_another_size_than_the_models_is_refused(qwen, monkeypatch):
+    monkeypatch.setattr(loaded, "open_gguf", lambda path: with_one_more_token(open_gguf(path)))
+    with pytest.raises(ModelFileError, match="tokens has 513 tokens, but token_embd.weight 512"):
+        qwen.load("qwen")
 
 
 def test_progress_rises_to_one_and_is_silent_when_nothing_is_loaded(qwen):

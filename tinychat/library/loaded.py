@@ -98,6 +98,7 @@ def _open_model(entry, n_ctx, settings, report) -> LoadedModel:
         report(0.05)
         program = build_program(file)
         tokenizer = Tokenizer.from_metadata(file.metadata)
+        _check_vocabulary(file, program, tokenizer)
         template = ChatTemplate.from_metadata(file.metadata, tokenizer)
         report(0.3)
         memory = plan(program, n_ctx, settings)
@@ -114,6 +115,13 @@ def _open_model(entry, n_ctx, settings, report) -> LoadedModel:
     return LoadedModel(entry, file, program, executor, engine, tokenizer, template, n_ctx,
                        sampling_defaults(file.metadata), memory, settings,
                        time.perf_counter() - start)
+
+
+def _check_vocabulary(file: GGUFFile, program: Program, tokenizer: Tokenizer) -> None:
+    """An id that only one of both knows could be neither read nor written."""
+    if tokenizer.n_vocab != program.n_vocab:
+        raise ModelFileError(f"{file.path}: tokenizer.ggml.tokens has {tokenizer.n_vocab} tokens, "
+                             f"but token_embd.weight {program.n_vocab} rows")
 
 
 def plan(program: Program, n_ctx: int, settings: LoadSettings, freed_bytes: int = 0) -> MemoryPlan:
