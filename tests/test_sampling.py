@@ -124,7 +124,7 @@ def test_no_finite_logit_is_a_kernel_error():
 
 @pytest.mark.parametrize("name, value", [
     ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_p", 1.01),
-    ("top_p", -0.01), ("min_p", 2), ("top_k", -1), ("repeat_penalty", 0),
+    ("top_p", -0.01), ("min_p", 2), ("top_k", -1), ("top_k", 2**31), ("repeat_penalty", 0),
     ("repeat_penalty", math.inf), ("repeat_last_n", -1)])
 def test_value_out_of_range_names_its_field(name, value):
     with pytest.raises(InvalidRequest) as error:

@@ -22,6 +22,7 @@ import numpy as np
 from tinychat.errors import InvalidRequest, KernelError
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+MAX_TOP_K = 2**31 - 1  # what the kernels take; any vocabulary is smaller
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class SamplingParams:
     def __post_init__(self):
         self._check("temperature", 0 <= self.temperature < math.inf, "a number of at least 0")
         self._check("top_p", 0 <= self.top_p <= 1, "a number from 0 to 1")
-        self._check("top_k", self.top_k >= 0, "an integer of at least 0")
+        self._check("top_k", 0 <= self.top_k <= MAX_TOP_K, f"an integer from 0 to {MAX_TOP_K}")
         self._check("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1")
         self._check("repeat_penalty", 0 < self.repeat_penalty < math.inf, "a number above 0")
         self._check("repeat_last_n", self.repeat_last_n >= 0, "an integer of at least 0")
