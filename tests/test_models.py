@@ -91,6 +91,9 @@ def test_granite_can_say_that_it_has_no_rope(granite):
     ("rope.dimension_count", 18, "rope.dimension_count: expected an integer from 2 to 16"),
     ("rope.freq_base", 0.0, "rope.freq_base: expected a number from"),
     ("rope.freq_base", math.inf, "rope.freq_base: expected a number from"),
+    ("rope.scaling.factor", 1e-300, "rope.scaling.factor: expected 0 or a number from 1e-06"),
+    ("rope.scale_linear", 5e-324, "rope.scale_linear: expected 0 or a number from 1e-06"),
+    ("logit_scale", 1e-45, "logit_scale: expected 0 or a number from 1e-06, got 1e-45"),
     ("rope.scaling.type", "warp", "expected one of none, linear, yarn, longrope, got 'warp'"),
     ("rope.scaling.type", np.arange(3), "rope.scaling.type: expected one of"),
     ("rope.scaling.type", "longrope", "rope scaling 'longrope' is not supported"),
@@ -213,6 +216,7 @@ def test_rope_freqs_divide_pair_by_pair():
     (np.ones(15), r"expected shape \(16\), found \(15\)"),
     (np.zeros(16), "'rope_freqs.weight': expected positive numbers only"),
     (np.full(16, np.nan), "expected positive numbers only"),
+    (np.full(16, 1e-38), "expected positive numbers only, from 1e-06 on"),
 ])
 def test_bad_rope_freqs_are_refused(values, complaint):
     with pytest.raises(ModelFileError, match=complaint):

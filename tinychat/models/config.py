@@ -52,6 +52,13 @@ class Keys:
             self._fail(key, f"a number from {low:g} to {high:g}", repr(value))
         return float(value)
 
+    def factor(self, key: str, default: float = 1.0) -> float:
+        """A factor that neither it nor its inverse leaves float32 with; 0 stands for none."""
+        value = self.number(key, 0, 1e6, 0.0)
+        if 0 < value < 1e-6:
+            self._fail(key, "0 or a number from 1e-06", repr(value))
+        return value or default
+
     def text(self, key: str, allowed: tuple[str, ...], default=_REQUIRED) -> str:
         value = self._get(key, default)
         if value is not default and (type(value) is not str or value not in allowed):
@@ -102,8 +109,8 @@ class RopeConfig:
             raise ModelFileError(f"metadata key {keys.prefix}.rope.dimension_count: "
                                  f"expected an even number, got {n_rot}")
         # a factor without a type is linear, and 0 stands for none, as llama.cpp reads them
-        old_factor = keys.number("rope.scale_linear", 0, 1e6, 1.0)
-        factor = keys.number("rope.scaling.factor", 0, 1e6, old_factor) or 1.0
+        factor = keys.factor("rope.scaling.factor") if keys.has("rope.scaling.factor") else \
+            keys.factor("rope.scale_linear")
         return RopeConfig(
             n_rot=n_rot,
             freq_base=keys.number("rope.freq_base", 1.01, 1e30, 10000.0),
@@ -161,9 +168,9 @@ class ModelConfig:
             norm_eps=keys.number("attention.layer_norm_rms_epsilon", 0, 1),
             rope=RopeConfig.from_keys(keys, key_length, n_ctx),
             attention_scale=attention_scale or 1 / math.sqrt(key_length),
-            embedding_scale=keys.number("embedding_scale", 0, 1e6, 0.0) or 1.0,
-            residual_scale=keys.number("residual_scale", 0, 1e6, 0.0) or 1.0,
-            logit_scale=keys.number("logit_scale", 0, 1e6, 0.0) or 1.0)
+            embedding_scale=keys.factor("embedding_scale"),
+            residual_scale=keys.factor("residual_scale"),
+            logit_scale=keys.factor("logit_scale"))
 
 
 def head_lengths(keys: Keys, n_embd: int, n_head: int) -> tuple[int, int]:
