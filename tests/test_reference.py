@@ -2,6 +2,7 @@
 import logging
 import math
 import sys
+from contextlib import closing
 
 import gguf
 import numpy as np
@@ -12,7 +13,7 @@ from helpers_program import batch, tiny_program, weight
 from tinychat.errors import KernelError, ModelFileError, ModelLoadError
 from tinychat.gguf_file import QTensor
 from tinychat.ops import open_executor, reference
-from tinychat.ops.program import PAGE_TOKENS, Heads, Rope
+from tinychat.ops.program import PAGE_TOKENS, Heads, Recorder, Rope
 from tinychat.ops.reference import ReferenceExecutor
 from tinychat.ops.sampling import SamplingParams
 
@@ -120,6 +121,23 @@ def test_dequantize_gives_the_shape_of_the_tensor(kind):
     tensor = QTensor("w", kind, (2, 3, 2 * block), np.zeros(2 * 3 * 2 * n_bytes, np.uint8))
     values = reference.dequantize(tensor)
     assert values.shape == tensor.shape and values.dtype == np.float32
+
+
+def test_a_scale_that_is_no_number_makes_such_weights_without_a_warning():
+    block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType.Q4_0]
+    data = np.zeros(n_bytes, np.uint8)
+    data[:2] = np.array([np.inf], np.float16).view(np.uint8)
+    data[2] = 8  # a code of 0, and infinity times 0 is no number
+    values = reference.dequantize(QTensor("w", GGMLQuantizationType.Q4_0, (1, block), data))
+    assert np.isnan(values[0, 0]) and np.isinf(values[0, 1:]).all()
+
+
+def test_a_row_too_small_to_square_is_normed_without_a_warning():
+    x, norm = weight("x", np.full((2, 4), 1e-30)), weight("norm", np.ones(4))
+    g = Recorder()
+    program = g.finish("small", g.outputs(g.rmsnorm(g.embed(x), norm, 0.0)))
+    with closing(ReferenceExecutor(program, n_pages=2)) as executor:
+        assert np.isinf(executor.step(batch([1]))).all()
 
 
 def test_a_type_that_holds_no_weights_is_a_file_error():

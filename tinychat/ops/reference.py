@@ -25,7 +25,8 @@ def dequantize(tensor: QTensor) -> np.ndarray:
 
 def _dequantize_rows(tensor: QTensor, rows: np.ndarray) -> np.ndarray:
     try:
-        return quants.dequantize(rows, tensor.qtype)
+        with np.errstate(all="ignore"):  # a scale that is NaN or infinite makes such weights
+            return quants.dequantize(rows, tensor.qtype)
     except NotImplementedError:
         raise ModelFileError(f"tensor {tensor.name!r} has the type {tensor.qtype.name}, "
                              "which cannot be read as weights") from None
@@ -183,8 +184,9 @@ class ReferenceExecutor:
             raise KernelError("the executor is closed")
         batch.check(n_vocab=self.program.n_vocab, n_pages=self.n_pages, max_tokens=self.max_tokens,
                     max_outputs=self.max_outputs, max_sequences=self.max_sequences)
-        # exp(-gate) and float16 may overflow to infinity, which is what the formulas mean
-        with np.errstate(over="ignore", invalid="ignore"):
+        # exp(-gate) and float16 may overflow to infinity, and a row of zeros may be normed with an
+        # eps of 0: what the formulas then mean is what comes out
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             for op in self.program.ops:
                 inputs = (self._slots[self._slot_of[b.id]] for b in op.inputs)
                 out = RUN[op.name](self, op, batch, *inputs)
