@@ -272,6 +272,9 @@ RUNAWAY = [
     "{{ [1] | batch(10 ** 10, 0) | list }}", "{{ [1] | tojson(indent=10 ** 10) }}",
     "{{ " + "(" * 5000 + ")" * 5000 + " }}", "{{ " + "[" * 500 + "]" * 500 + " }}" * 500,
     "{% if 1 %}" * 500 + "{% endif %}" * 500,
+    "{% set x = [1] %}{% for i in range(60) %}{{ x.extend(x) or '' }}{% endfor %}",
+    "{% set x = [] %}{% for i in range(999) %}{{ x.append('a' * 9999999) or '' }}{% endfor %}",
+    "{{ ('a' * 9999999) | list | sort }}",
 ]
 
 

@@ -25,6 +25,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_CHARS = 16_000_000  # more than the longest context of any model, four characters a token
+MAX_COPIED = 2_000_000_000  # by all operations together: what was built before may still be held
 MAX_INT_BITS = 10_000
 MAX_SECONDS = 10.0
 
@@ -37,12 +38,19 @@ class Budget:
     """What one rendering may still spend."""
 
     def __init__(self):
-        self.n_chars = 0
+        self.n_chars = self.n_copied = 0
         self.deadline = time.monotonic() + MAX_SECONDS
 
     def tick(self) -> None:
         if time.monotonic() > self.deadline:
             raise SecurityError(f"still running after {MAX_SECONDS:g} seconds")
+
+    def copy(self, n: int) -> None:
+        """Counts the characters or items that an operation is about to put together."""
+        self.tick()
+        self.n_copied += judged(n)
+        if self.n_copied > MAX_COPIED:
+            raise SecurityError(f"puts together more than {MAX_COPIED} characters")
 
     def write(self, n_chars: int) -> None:
         """Counts captured blocks and macros too, else doubling a captured text would go unseen."""
@@ -91,6 +99,10 @@ def _join(items, separator="", *rest, **named):
     return weigh(items) + len(items) * len(separator)
 
 
+def _items(items, *rest, **named):
+    return 4 * len(items)
+
+
 def _format(text, *values, **named):
     """Each place may take all values; a width is a number in the text or a value of its own."""
     widths = [int(digits[:9]) for digits in re.findall(r"\d+", text)]
@@ -105,6 +117,7 @@ GROWTH = {
     "center": _width, "ljust": _width, "rjust": _width, "zfill": _width, "batch": _width,
     "slice": _width, "indent": _indent, "replace": _replace, "join": _join, "format": _format,
     "format_map": _format, "string": weigh, "pprint": weigh,
+    "list": _items, "sort": _items,
     "expandtabs": lambda text, size=8: text.count("\t") * size,
 }
 
@@ -183,12 +196,12 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         budget.get().tick()
 
     def concatenate(self, parts: tuple) -> str:
-        judged(sum(map(weigh, parts)))
+        budget.get().copy(sum(map(weigh, parts)))
         return "".join(map(str, parts))
 
     def call_binop(self, context, operator, left, right):
         if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
-            judged(len(left) + len(right))
+            budget.get().copy(len(left) + len(right))
         elif operator == "%" and isinstance(left, str):
             _judge_growth("format", [left, right], {})
         elif operator == "*":
@@ -204,6 +217,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             args = [list(arg) if isinstance(arg, Iterator) else arg for arg in args]
             joins = name == "join" and len(args) == 1
             _judge_growth(name, [args[0], text] if joins else [text, *args], named)
+        elif isinstance(text, list) and name == "extend":
+            args = [list(arg) if isinstance(arg, Iterator) else arg for arg in args]
+            budget.get().copy(len(text) + sum(len(arg) for arg in args if hasattr(arg, "__len__")))
         elif isinstance(text, str) and name == "translate":
             raise SecurityError("str.translate is not available in chat templates")
         return super().call(__context, __obj, *args, **named)
@@ -212,7 +228,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 def _judge_product(left, right) -> None:
     for value, times in ((left, right), (right, left)):
         if isinstance(value, (str, list, tuple)) and isinstance(times, int):
-            judged(len(value) * times)
+            budget.get().copy(len(value) * times)
     if isinstance(left, int) and isinstance(right, int):
         _judge_bits(left.bit_length() + right.bit_length())
 
