@@ -192,6 +192,11 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             return True
         return super().is_safe_attribute(obj, attr, value)
 
+    def handle_exception(self, source=None):
+        # departure: jinja2 builds a traceback of invented frames, a cycle that keeps a failed
+        # template's variables until the collector comes; lines are looked up from the real frames
+        raise
+
     def tick(self):
         budget.get().tick()
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from datetime import date
 from functools import cached_property
+from traceback import clear_frames
 from typing import Any
 
 import jinja2
@@ -163,7 +164,9 @@ class _Program:
         try:
             return template.render(context)
         except Exception as error:  # a template can raise whatever Python can
-            raise _template_error(error) from None
+            failure = _template_error(error)
+            clear_frames(error.__traceback__)  # else its variables would wait for the collector
+            raise failure from None
         finally:
             sandbox.budget.reset(token)
 
@@ -200,9 +203,10 @@ class _Program:
 def _template_error(error: Exception) -> TemplateError:
     """The template's own words or the failure's, and the line."""
     line, traceback = getattr(error, "lineno", None), error.__traceback__
-    while traceback:  # jinja2 rewrites tracebacks; the innermost line of the template counts
-        if traceback.tb_frame.f_code.co_filename == "<template>":
-            line = traceback.tb_lineno
+    while traceback:  # the innermost line of the template counts
+        template = traceback.tb_frame.f_globals.get("__jinja_template__")
+        if template and traceback.tb_frame.f_code.co_filename == "<template>":
+            line = template.get_corresponding_lineno(traceback.tb_lineno)
         traceback = traceback.tb_next
     where = f"line {line} of the chat template" if line else "the chat template"
     if isinstance(error, sandbox.Refusal):
