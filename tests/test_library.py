@@ -216,6 +216,12 @@ def test_a_load_takes_the_default_context_or_the_models_own_limit(qwen):
     assert qwen.load("qwen").context_length == model.entry.max_context_length
 
 
+def test_a_split_files_name_is_no_pattern(tmp_path):
+    names = [f"a**[b]-0000{i}-of-00002.gguf" for i in (1, 2)]
+    paths = [write_model(tmp_path / name) for name in names]
+    assert describe(paths[0], "a", "").size_bytes == sum(path.stat().st_size for path in paths)
+
+
 def test_a_context_above_the_models_is_refused(qwen):
     for length in (0, 4097):
         with pytest.raises(InvalidRequest) as error:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 
 from gguf.constants import LlamaFileType
@@ -148,7 +149,8 @@ def parts(path: Path) -> list[Path]:
     if not (part := PART.search(path.stem)):
         return [path]
     stem, n = path.stem[:part.start()], part[2]
-    return [path, *(p for p in sorted(path.parent.glob(f"{stem}-*-of-{n}.gguf")) if p != path)]
+    others = path.parent.glob(f"{escape(stem)}-*-of-{n}.gguf")
+    return [path, *(p for p in sorted(others) if p != path)]
 
 
 def is_model_file(path: Path) -> bool:
