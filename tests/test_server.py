@@ -1,8 +1,12 @@
 """The HTTP contract over real sockets: transport rules, errors, streams. A scripted model answers."""
+import http.client
+import http.server
+import io
 import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from contract_checker import check_error, check_models, check_response, check_stream, parse_sse
@@ -13,7 +17,8 @@ from hypothesis import strategies as st
 from tinychat.errors import TinychatError
 from tinychat.library import Library
 from tinychat.server import make_server
-from tinychat.server.http_io import Disconnected, Wire, read_request
+from tinychat.server.handler import Handler
+from tinychat.server.listener import ServerSettings
 from tinychat.store import Store
 
 CHAT, MODELS = "/api/v1/chat", "/api/v1/models"
@@ -235,24 +240,33 @@ HTTP_PIECES = [b"GET ", b"POST ", b"/ ", b"HTTP/1.1", b"HTTP/1.0", b"\r\n", b"\n
                b"Content-Length: ", b"Transfer-Encoding: chunked", b"Expect: 100-continue", b"5", b"abc", b"0\r\n\r\n"]
 
 
+def answers_of(data):
+    """(status, body) of each whole answer in what a server sent."""
+    file, found = io.BytesIO(data), []
+    while line := file.readline():
+        assert line.startswith(b"HTTP/1.1 "), line
+        headers = http.client.parse_headers(file)
+        found.append((int(line.split()[1]), file.read(int(headers.get("Content-Length", 0)))))
+    return found
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(HTTP_PIECES) | st.binary(max_size=4), max_size=20).map(b"".join))
 def test_any_bytes_are_a_request_or_a_contract_error_or_a_hang_up(data):
+    server = SimpleNamespace(library=ScriptedLibrary(says("x")), store=None, closing=False,
+                             settings=ServerSettings(read_timeout_s=WAIT_S), set_busy=lambda *_: None)
     ours, theirs = socket.socketpair()
-    wire = Wire(ours, read_timeout_s=WAIT_S, write_timeout_s=WAIT_S)
-    try:
+    with ours, theirs:
         theirs.sendall(data)
         theirs.shutdown(socket.SHUT_WR)
-        request = read_request(wire, head_timeout_s=WAIT_S, body_timeout_s=WAIT_S)
-        assert request.path.startswith("/") and len(request.body.read(1000)) <= 1000
-    except Disconnected:
-        pass
-    except TinychatError as error:
-        assert error.code in ("invalid_value", "request_too_large")
-        assert check_error({"error": error.to_json()}) == []
-    finally:
-        wire.close(linger=False)
-        theirs.close()
+        theirs.settimeout(WAIT_S)
+        Handler(ours, None, server)
+        ours.shutdown(socket.SHUT_WR)
+        with theirs.makefile("rb") as file:
+            answers = answers_of(file.read())
+    for status, body in answers:
+        assert status == 100 or check_error(json.loads(body), status) == []
+        assert status in (100, 400, 404, 405, 413, 415)
 
 
 @pytest.mark.parametrize("head, status", [
@@ -354,7 +368,8 @@ def test_a_head_beyond_its_limits_is_413(serve, raw, head):
     assert one.ended()
 
 
-@pytest.mark.parametrize("chunks", [b"zz\r\n", b"-1\r\n", b"5\r\nabcdefg\r\n", b"3\r\nabcXY", b"F" * 30 + b"\r\n"])
+@pytest.mark.parametrize("chunks", [b"zz\r\n", b"-1\r\n", b"5\r\nabcdefg\r\n", b"3\r\nabcXY", b"F" * 30 + b"\r\n",
+                                    b"3;a\rb\r\nabc\r\n", b"0\r\nno colon\r\n\r\n", b"0\r\n folded: x\r\n\r\n"])
 def test_a_malformed_chunk_is_400_and_the_end_of_the_connection(serve, raw, chunks):
     one = raw(serve()).send(b"POST /api/v1/chat HTTP/1.1\r\nContent-Type: application/json\r\n"
                             b"Transfer-Encoding: chunked\r\n\r\n", chunks)
@@ -542,6 +557,60 @@ def test_closing_the_server_ends_idle_and_running_connections_within_its_bound(r
 def test_a_taken_port_is_a_clear_error(serve):
     with pytest.raises(TinychatError, match="cannot listen on"):
         make_server(None, None, port=serve().server.port)
+
+
+@pytest.mark.parametrize("host, port", [("a" * 70, 0), ("127.0.0.1", 70_000), ("192.0.2.1", 0)])
+def test_an_address_that_cannot_be_had_is_a_clear_error(host, port):
+    with pytest.raises(TinychatError, match="cannot listen on"):
+        make_server(None, None, host=host, port=port)
+
+
+def test_the_server_and_its_handler_are_those_of_the_standard_library(serve):
+    server = serve().server
+    assert isinstance(server, http.server.ThreadingHTTPServer)
+    assert issubclass(server.RequestHandlerClass, http.server.BaseHTTPRequestHandler)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this Python has no IPv6")
+def test_an_ipv6_address_is_served_under_its_url():
+    try:
+        server = make_server(ScriptedLibrary(says("x")), None, host="::1", port=0)
+    except TinychatError as error:
+        pytest.skip(str(error))
+    with server.start():
+        assert server.url == f"http://[::1]:{server.port}"
+        connection = http.client.HTTPConnection("::1", server.port, timeout=WAIT_S)
+        connection.request("GET", MODELS)
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
+def test_a_server_closes_in_any_state_and_from_many_threads():
+    make_server(None, None, port=0).close()
+    server = make_server(None, None, port=0)
+    server.close()
+    server.serve_forever()  # returns at once
+    for _ in range(5):
+        server = make_server(None, None, port=0).start()
+        closers = [threading.Thread(target=server.close) for _ in range(3)]
+        for thread in closers:
+            thread.start()
+        for thread in [*closers, server._thread]:
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+
+
+def test_a_connection_ends_its_thread(serve, raw):
+    before, client = threading.active_count(), serve()
+    for _ in range(5):
+        one = raw(client).send(b"GET /api/v1/models HTTP/1.1\r\nConnection: keep-alive, close\r\n\r\n")
+        assert one.answer()[0] == 200 and one.ended()
+        one.close()
+    client.server.close()
+    deadline = time.monotonic() + WAIT_S
+    while threading.active_count() > before and time.monotonic() < deadline:
+        threading.Event().wait(0.01)  # the last instructions of a connection's thread
+    assert threading.active_count() <= before
 
 
 # ---- the real model

@@ -1,36 +1,32 @@
-"""HTTP/1.1 on one connection: bytes in to a `Request`, answers out to bytes.
+"""What http.server leaves out of HTTP/1.1: time limits, strict heads, request bodies.
 
 Strict where laxness lets two readers disagree about where a message ends (RFC 9112, sections 2
 to 7), bounded in size, count and time everywhere. Knows no route and no status code.
 """
+import io
 import re
-import selectors
 import socket
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
+from email.message import Message
 
 from tinychat.errors import InvalidRequest
 
-MAX_LINE_BYTES = 16 * 1024       # request line, or one header
-MAX_HEAD_BYTES = 64 * 1024
-MAX_HEADERS = 100
-MAX_CHUNK_LINE_BYTES = 1024
-MAX_TRAILERS = 20
+MAX_LINE_BYTES = 16 * 1024       # request line, one header, the size line of a chunk
+MAX_FIELDS_BYTES = 64 * 1024     # all headers, or all trailers; the base class counts them
 DISCARD_BYTES = 1 << 20          # of a body nobody wants, read so that the connection lives on
 RECEIVE_BYTES = 64 * 1024
 LINGER_S = 2.0                   # how long a closed connection's remaining input is thrown away
 LINGER_BYTES = 256 << 20
 
-# Not the default: an epoll object per connection would double the file descriptors in use.
-SELECTOR = getattr(selectors, "PollSelector", selectors.SelectSelector)
-
-METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}\Z")
-TARGET = re.compile(rb"[!-~]+\Z")
-VERSION = re.compile(rb"HTTP/1\.[0-9]\Z")
-FIELD_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
-FIELD_VALUE = re.compile(rb"[\t -~\x80-\xff]*\Z")
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;.*)?\Z")
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+TEXT = rb"[\t -~\x80-\xff]*"
+# A later 1.x is answered as 1.1, which is the highest that this server speaks.
+REQUEST_LINE = re.compile(TOKEN + rb"{1,32} [!-~]+ HTTP/1\.[0-9]\r?\n\Z")
+FIELD = re.compile(TOKEN + rb"+:" + TEXT + rb"\r?\n\Z")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;" + TEXT + rb")?\r?\n\Z")
+BLANK = (b"\r\n", b"\n")
 
 
 class Disconnected(Exception):
@@ -45,123 +41,147 @@ def too_large(what: str) -> InvalidRequest:
     return InvalidRequest(what, code="request_too_large")
 
 
-class Wire:
-    """A connection's bytes: buffered reads with deadlines (time.monotonic), timed writes."""
+class Wire(io.RawIOBase):
+    """A socket as the raw stream below `rfile`, and as `wfile`. All of it raises Disconnected.
 
-    def __init__(self, sock: socket.socket, *, read_timeout_s: float, write_timeout_s: float):
+    Reads obey what `allow` said last; the end of input counts as disconnected, so that nobody
+    takes half a line or half a body for a whole one.
+    """
+
+    def __init__(self, sock: socket.socket, *, write_timeout_s: float):
         self.sock = sock
-        self._read_timeout_s, self._write_timeout_s = read_timeout_s, write_timeout_s
-        self._buffer = bytearray()
-        self._watch = SELECTOR()
-        self._watch.register(sock, selectors.EVENT_READ)
+        self._write_timeout_s = write_timeout_s
+        self._deadline = self._silence_s = 0.0
+        with suppress(OSError):  # no TCP, or gone already
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def line(self, limit: int, deadline: float) -> bytes:
-        """Up to the next line end, without it. Raises: Disconnected; InvalidRequest, too long."""
-        searched = 0
-        while (end := self._buffer.find(b"\n", searched)) < 0 and len(self._buffer) <= limit:
-            searched = len(self._buffer)
-            self._receive(deadline)
-        if end < 0 or end > limit:
-            raise too_large(f"a line of the request's head is longer than {limit} bytes")
-        line = bytes(self._buffer[:end])
-        del self._buffer[:end + 1]
-        return line.removesuffix(b"\r")
+    def allow(self, total_s: float, silence_s: float | None = None):
+        """How long the reads from now on may take together, and each of them."""
+        self._deadline, self._silence_s = time.monotonic() + total_s, silence_s or total_s
 
-    def exactly(self, n: int, deadline: float) -> bytes:
-        while len(self._buffer) < n:
-            self._receive(deadline)
-        with memoryview(self._buffer) as view:
-            data = bytes(view[:n])
-        del self._buffer[:n]
-        return data
+    def readable(self) -> bool:
+        return True
 
-    def wait(self, deadline: float):
-        """Returns once there is a byte to read. Raises: Disconnected at the end or the deadline."""
-        if not self._buffer:
-            self._receive(deadline, silence_s=deadline - time.monotonic())
-
-    def _receive(self, deadline: float, silence_s: float | None = None):
-        left = deadline - time.monotonic()
+    def readinto(self, buffer) -> int:
+        left = self._deadline - time.monotonic()
         if left <= 0:
             raise Disconnected("too slow")
         try:
-            self.sock.settimeout(min(left, silence_s or self._read_timeout_s))
-            data = self.sock.recv(RECEIVE_BYTES)
+            self.sock.settimeout(min(left, self._silence_s))
+            n = self.sock.recv_into(buffer)
         except OSError as error:
             raise Disconnected(str(error)) from None
-        if not data:
+        if not n:
             raise Disconnected("end of input")
-        self._buffer += data
+        return n
 
-    def send(self, data: bytes):
-        """All of it, or Disconnected: a reader that takes nothing for the timeout is gone."""
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes) -> int:
+        """All of it: a reader that takes nothing for the timeout is gone."""
         try:
             self.sock.settimeout(self._write_timeout_s)
             self.sock.sendall(data)
         except OSError as error:
             raise Disconnected(str(error)) from None
+        return len(data)
 
     def gone(self) -> bool:
         """Has the other side closed? A peek; what it sent meanwhile stays to be read."""
         try:
-            return bool(self._watch.select(0)) and not self.sock.recv(1, socket.MSG_PEEK)
+            self.sock.settimeout(0)
+            return not self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
         except OSError:
             return True
 
-    def hang_up(self):
-        """For another thread: ends whatever read or write is under way."""
-        try:
-            self.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it is closed already
-
-    def close(self, *, linger: bool):
-        """Closes; with linger, input still under way is thrown away for a moment first, since
+    def linger(self):
+        """Says that nothing more comes, and throws away the input still under way for a moment:
         closing over unread input resets the connection and may cost the client our answer."""
-        self._watch.close()
-        try:
-            if linger:
-                self.sock.shutdown(socket.SHUT_WR)
-                self._throw_away(time.monotonic() + LINGER_S)
-        except OSError:
-            pass
-        self.sock.close()
-
-    def _throw_away(self, deadline: float):
-        budget = LINGER_BYTES
-        while budget > 0 and (left := deadline - time.monotonic()) > 0:
-            self.sock.settimeout(left)
-            n = len(self.sock.recv(RECEIVE_BYTES))
-            if not n:
-                return
-            budget -= n
+        deadline, budget = time.monotonic() + LINGER_S, LINGER_BYTES
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+            while budget > 0 and (left := deadline - time.monotonic()) > 0:
+                self.sock.settimeout(left)
+                if not (n := len(self.sock.recv(RECEIVE_BYTES))):
+                    return
+                budget -= n
 
 
-@dataclass
-class Request:
-    """A request's head; `headers` by lower-case name, doubled ones joined by commas."""
+def read_line(rfile: io.BufferedReader) -> bytes:
+    """The next line with its end. Raises: InvalidRequest, too long; Disconnected."""
+    line = rfile.readline(MAX_LINE_BYTES + 1)
+    if len(line) > MAX_LINE_BYTES:
+        raise too_large(f"a line of the request is longer than {MAX_LINE_BYTES} bytes")
+    return line
 
-    method: str
-    path: str            # without query
-    version: str
-    headers: dict[str, str]
-    body: "Body" = field(repr=False)
 
-    @property
-    def keep_alive(self) -> bool:
-        said = self.headers.get("connection", "").lower().split(",")
-        options = {option.strip() for option in said}
-        return "close" not in options if self.version == "HTTP/1.1" else "keep-alive" in options
+def check_request_line(line: bytes):
+    if len(line) > MAX_LINE_BYTES:
+        raise too_large(f"the request line is longer than {MAX_LINE_BYTES} bytes")
+    if not REQUEST_LINE.match(line):
+        raise malformed("expected a request line such as GET /api/v1/models HTTP/1.1", "request")
+
+
+def read_fields(rfile: io.BufferedReader) -> bytes:
+    """The raw lines of the headers (or trailers) and the blank one after them, each one checked:
+    no folded lines, no blanks in names, no control characters, no CR alone."""
+    lines, size = [], 0
+    while (line := read_line(rfile)) not in BLANK:
+        size += len(line)
+        if size > MAX_FIELDS_BYTES:
+            raise too_large(f"the headers are larger than {MAX_FIELDS_BYTES} bytes")
+        if not FIELD.match(line):
+            raise malformed("expected a header such as Content-Type: application/json", "headers")
+        lines.append(line)
+    return b"".join([*lines, line])
+
+
+def joined(headers: Message, name: str) -> str:
+    """A header's value; those of doubled ones with commas between."""
+    return ", ".join(value.strip() for value in headers.get_all(name, []))
+
+
+def body_length(headers: Message, version: str) -> int | None:
+    """The body's length in bytes, None for a chunked one (RFC 9112, 6.3)."""
+    if "transfer-encoding" in headers:
+        if "content-length" in headers or version < "HTTP/1.1":
+            raise malformed("Transfer-Encoding beside Content-Length, or in HTTP/1.0",
+                            "transfer-encoding")
+        if joined(headers, "transfer-encoding").lower() != "chunked":
+            raise malformed("the only transfer coding taken is chunked", "transfer-encoding")
+        return None
+    if "content-length" not in headers:
+        return 0
+    lengths = {part.strip() for part in joined(headers, "content-length").split(",")}
+    if len(lengths) != 1 or not re.fullmatch("[0-9]{1,18}", one := lengths.pop()):
+        raise malformed("Content-Length is no single number", "content-length")
+    return int(one)
+
+
+def path_of(target: str) -> str:
+    """The path of a request target, which may be a whole URL; no query, one trailing slash less."""
+    if not target.startswith("/"):
+        target = "/" + re.sub(r"^https?://[^/?#]*/?", "", target, flags=re.IGNORECASE)
+    path = re.split(r"[?#]", target, maxsplit=1)[0]
+    return path.removesuffix("/") or "/"
 
 
 class Body:
-    """A request's body, unread as yet; `length` None says that it comes in chunks."""
+    """A request's body, unread as yet.
 
-    def __init__(self, wire: Wire, length: int | None, *, expects_continue: bool, timeout_s: float):
+    length: None says that it comes in chunks. limits_s: for Wire.allow.
+    go_ahead: asks for a body that the client holds back; None, it does not.
+    """
+
+    def __init__(self, rfile: io.BufferedReader, length: int | None, *,
+                 limits_s: tuple[float, float], go_ahead: Callable[[], object] | None):
         self.length = length
         self.consumed = length == 0
         self._begun = False
-        self._wire, self._expects_continue, self._timeout_s = wire, expects_continue, timeout_s
+        self._rfile, self._limits_s, self._go_ahead = rfile, limits_s, go_ahead
 
     def read(self, limit: int) -> bytes:
         """The whole body. Raises: InvalidRequest request_too_large, Disconnected."""
@@ -170,123 +190,42 @@ class Body:
         if self.length is not None and self.length > limit:
             raise too_large(f"the body has {self.length} bytes, at most {limit} are taken")
         self._begun = True
-        self._go_ahead()
-        deadline = time.monotonic() + self._timeout_s
-        data = (self._chunks(limit, deadline) if self.length is None
-                else self._wire.exactly(self.length, deadline))
+        if self._go_ahead:
+            self._go_ahead()
+        self._rfile.raw.allow(*self._limits_s)
+        data = self._chunks(limit) if self.length is None else self._exactly(self.length)
         self.consumed = True
         return data
 
     def discard(self):
-        """Reads a small unwanted body away; one that is large, announced or broken stays."""
+        """Reads a small unwanted body away; one that is large, held back or broken stays."""
         small = self.length is None or self.length <= DISCARD_BYTES
-        if self.consumed or self._begun or self._expects_continue or not small:
-            return
-        try:
-            self.read(DISCARD_BYTES)
-        except InvalidRequest:
-            pass  # still unconsumed, so the connection closes after the answer
+        if not self._begun and not self._go_ahead and small:
+            with suppress(InvalidRequest):  # unconsumed, so the connection closes after the answer
+                self.read(DISCARD_BYTES)
 
-    def _go_ahead(self):
-        if self._expects_continue:
-            self._wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self._expects_continue = False
+    def _exactly(self, n: int) -> bytes:
+        data = bytearray()  # grows as they come: a length alone costs no memory
+        while len(data) < n:
+            data += self._rfile.read1(min(n - len(data), RECEIVE_BYTES))
+        return bytes(data)
 
-    def _chunks(self, limit: int, deadline: float) -> bytes:
+    def _chunks(self, limit: int) -> bytes:
         data = bytearray()
-        while size := self._chunk_size(deadline):
+        while size := self._chunk_size():
             if len(data) + size > limit:
                 raise too_large(f"the body has more than {limit} bytes")
-            data += self._wire.exactly(size, deadline)
-            if self._wire.exactly(2, deadline) != b"\r\n":
+            data += self._exactly(size)
+            if self._exactly(2) != b"\r\n":
                 raise malformed("a chunk is longer than its size", "transfer-encoding")
-        for _ in range(MAX_TRAILERS):
-            if not self._wire.line(MAX_LINE_BYTES, deadline):
-                return bytes(data)
-        raise too_large(f"more than {MAX_TRAILERS} trailers")
+        read_fields(self._rfile)
+        return bytes(data)
 
-    def _chunk_size(self, deadline: float) -> int:
-        found = CHUNK_SIZE.match(self._wire.line(MAX_CHUNK_LINE_BYTES, deadline))
+    def _chunk_size(self) -> int:
+        found = CHUNK_SIZE.match(read_line(self._rfile))
         if not found:
             raise malformed("expected a chunk size", "transfer-encoding")
         return int(found[1], 16)
-
-
-def read_request(wire: Wire, *, head_timeout_s: float, body_timeout_s: float) -> Request:
-    """The next request's head; the body follows when it is asked for.
-
-    Raises: Disconnected; InvalidRequest, after which nothing more can be read from the wire.
-    """
-    deadline = time.monotonic() + head_timeout_s
-    line = wire.line(MAX_LINE_BYTES, deadline) or wire.line(MAX_LINE_BYTES, deadline)
-    method, target, version = _request_line(line)
-    headers = _headers(wire, deadline)
-    expects = version == "HTTP/1.1" and headers.get("expect", "").lower() == "100-continue"
-    body = Body(wire, _body_length(headers, version), expects_continue=expects,
-                timeout_s=body_timeout_s)
-    return Request(method, _path(target), version, headers, body)
-
-
-def _request_line(line: bytes) -> tuple[str, str, str]:
-    parts = line.split(b" ")
-    if len(parts) != 3 or not METHOD.match(parts[0]) or not TARGET.match(parts[1]):
-        raise malformed("expected a request line such as GET /api/v1/models HTTP/1.1", "request")
-    if not VERSION.match(parts[2]):
-        raise malformed("expected HTTP/1.1", "request")
-    # A later 1.x is answered as 1.1, which is the highest that this server speaks.
-    return parts[0].decode(), parts[1].decode(), min(parts[2].decode(), "HTTP/1.1")
-
-
-def _headers(wire: Wire, deadline: float) -> dict[str, str]:
-    headers: dict[str, str] = {}
-    count = size = 0
-    while line := wire.line(MAX_LINE_BYTES, deadline):
-        count, size = count + 1, size + len(line)
-        if size > MAX_HEAD_BYTES:
-            raise too_large(f"the headers are larger than {MAX_HEAD_BYTES} bytes")
-        if count > MAX_HEADERS:
-            raise too_large(f"more than {MAX_HEADERS} headers")
-        raw_name, colon, raw_value = line.partition(b":")
-        raw_value = raw_value.strip(b" \t")
-        if not colon or not FIELD_NAME.match(raw_name) or not FIELD_VALUE.match(raw_value):
-            raise malformed("expected a header such as Content-Type: application/json", "headers")
-        name, value = raw_name.decode().lower(), raw_value.decode("latin-1")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return headers
-
-
-def _body_length(headers: dict[str, str], version: str) -> int | None:
-    """The body's length in bytes, None for a chunked one (RFC 9112, 6.3)."""
-    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-    if coding is not None:
-        if length is not None or version != "HTTP/1.1":
-            raise malformed("Transfer-Encoding beside Content-Length, or in HTTP/1.0",
-                            "transfer-encoding")
-        if coding.lower() != "chunked":
-            raise malformed("the only transfer coding taken is chunked", "transfer-encoding")
-        return None
-    if length is None:
-        return 0
-    lengths = {part.strip() for part in length.split(",")}
-    if len(lengths) != 1 or not re.fullmatch("[0-9]{1,18}", one := lengths.pop()):
-        raise malformed("Content-Length is no single number", "content-length")
-    return int(one)
-
-
-def _path(target: str) -> str:
-    """The path of a request target, which may be a whole URL; no query, one trailing slash less."""
-    if not target.startswith("/"):
-        target = "/" + re.sub(r"^https?://[^/?#]*/?", "", target, flags=re.IGNORECASE)
-    path = re.split(r"[?#]", target, maxsplit=1)[0]
-    return path.removesuffix("/") or "/"
-
-
-def head(status: int, reason: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    """An answer's head. Nothing from outside gets into it; that no line ends early is checked."""
-    lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in headers)]
-    if any("\r" in line or "\n" in line for line in lines):
-        raise ValueError("a header with a line end")
-    return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
 
 def chunk(data: bytes) -> bytes:

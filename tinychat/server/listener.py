@@ -1,20 +1,40 @@
 """The listening socket and its connections, one thread each, a bounded number of them."""
 import logging
-import selectors
+import os
 import socket
 import threading
-import time
+from contextlib import suppress
+from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
+from socketserver import TCPServer
 
 from tinychat.errors import TinychatError
 from tinychat.library import Library
-from tinychat.server.handler import Connection, ServerSettings, refusal
-from tinychat.server.http_io import Wire
+from tinychat.server.handler import Handler, refusal
 from tinychat.store import Store
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 128
 ACCEPT_RETRY_S = 0.1  # after accept failed, for want of file descriptors say
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """The contract's settings, and the bounds of a connection in seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 1234
+    cors: bool = False
+    max_body_bytes: int = 67_108_864
+    sse_keepalive_seconds: float = 15.0   # 0: no comments
+    max_connections: int = 512
+    idle_timeout_s: float = 75.0          # between two requests of a connection
+    head_timeout_s: float = 20.0          # for a whole request line with its headers
+    body_timeout_s: float = 300.0         # for a whole body
+    read_timeout_s: float = 30.0          # for the next bytes of either
+    write_timeout_s: float = 30.0         # for a client to take one event
+    heartbeat_s: float = 0.1              # how soon a client that is gone is noticed in silence
+    shutdown_s: float = 5.0               # for running requests when the server stops
 
 
 def make_server(library: Library, store: Store, *, host: str = "127.0.0.1", port: int = 1234,
@@ -26,27 +46,50 @@ def make_server(library: Library, store: Store, *, host: str = "127.0.0.1", port
     return Server(library, store, ServerSettings(host=host, port=port, **settings))
 
 
-class Server:
+class Server(ThreadingHTTPServer):
     """Answers on `url` from `start()` or `serve_forever()` until `close()`.
 
     The library and the store belong to the caller.
     """
 
+    request_queue_size = 128
+    allow_reuse_address = os.name == "posix"  # on Windows it would share a port that is taken
+
     def __init__(self, library: Library, store: Store, settings: ServerSettings):
         self.library, self.store, self.settings = library, store, settings
-        self._listener = _listen(settings.host, settings.port)
-        self.port: int = self._listener.getsockname()[1]
-        self._waker, self._woken = socket.socketpair()
         self._closing = threading.Event()
-        self._serving = threading.Lock()  # held by whoever uses the listening socket
-        self._lock = threading.Lock()
-        self._connections: dict[threading.Thread, Connection] = {}
+        self._serving = False
+        self._changed = threading.Condition()
+        self._connections: dict[socket.socket, bool] = {}  # and whether a request is under way
         self._thread: threading.Thread | None = None
+        try:
+            self.address_family, _, _, _, address = socket.getaddrinfo(
+                settings.host, settings.port, type=socket.SOCK_STREAM,
+                flags=socket.AI_PASSIVE)[0]
+            # getaddrinfo would take a port of 70000 for 4464, bind complains
+            super().__init__((address[0], settings.port, *address[2:]), Handler)
+        except (OSError, OverflowError, UnicodeError) as error:
+            raise TinychatError(f"cannot listen on {settings.host}:{settings.port}: {error}; "
+                                "--port chooses another port") from error
+
+    def server_bind(self):
+        if self.address_family == socket.AF_INET6:  # "::" would mean IPv4 too on some systems
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        self.socket.setblocking(False)  # a client may be gone again between select and accept
+        TCPServer.server_bind(self)     # HTTPServer's asks the DNS for a name that nobody needs
+        self.server_name = self.settings.host
+        self.port = self.server_port = self.server_address[1]
 
     @property
     def url(self) -> str:
         host = self.settings.host
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def closing(self) -> bool:
+        return self._closing.is_set()
+
+    # -- serving
 
     def start(self) -> "Server":
         """Serves on a thread of its own."""
@@ -54,121 +97,91 @@ class Server:
         self._thread.start()
         return self
 
-    def serve_forever(self):
+    def serve_forever(self, poll_interval: float = 0.5):
         """Serves on this thread, until `close()` is called from another one."""
-        with self._serving:
-            try:
-                self._accept_until_closed()
-            finally:
-                if self._closing.is_set():
-                    self._close_sockets()
-
-    def _accept_until_closed(self):
-        with selectors.DefaultSelector() as ready:
-            if self._closing.is_set():
+        with self._changed:
+            if self.closing:
                 return
-            ready.register(self._listener, selectors.EVENT_READ)
-            ready.register(self._woken, selectors.EVENT_READ)
-            while not self._closing.is_set():
-                for key, _ in ready.select():
-                    if key.fileobj is self._listener:
-                        self._accept()
+            self._serving = True  # from here on `shutdown` finds a loop to end
+        super().serve_forever(poll_interval)
 
-    def _accept(self):
+    def get_request(self):
         try:
-            sock, _ = self._listener.accept()
-        except BlockingIOError:
-            return  # the client is gone again
+            return super().get_request()
         except OSError as error:
-            log.warning("cannot accept a connection: %s", error)
-            self._closing.wait(ACCEPT_RETRY_S)
-            return
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with self._lock:
-            accepted = len(self._connections) < self.settings.max_connections and self._begin(sock)
+            if not self.closing and not isinstance(error, BlockingIOError):
+                log.warning("cannot accept a connection: %s", error)
+                self._closing.wait(ACCEPT_RETRY_S)  # else the loop would spin
+            raise
+
+    def verify_request(self, request: socket.socket, client_address) -> bool:
+        with self._changed:
+            n_open = len(self._connections)
+            accepted = n_open < self.settings.max_connections and not self.closing
+            if accepted:
+                self._connections[request] = False
         if not accepted:
-            log.warning("refused a connection: %d are open", len(self._connections))
-            _refuse(sock)
+            log.warning("refused a connection: %d are open", n_open)
+            _refuse(request)
+        return accepted
 
-    def _begin(self, sock: socket.socket) -> bool:
-        wire = Wire(sock, read_timeout_s=self.settings.read_timeout_s,
-                    write_timeout_s=self.settings.write_timeout_s)
-        connection = Connection(wire, self.library, self.store, self.settings,
-                                self._closing.is_set)
-        thread = threading.Thread(target=self._serve, args=(connection,), name="connection",
-                                  daemon=True)
-        self._connections[thread] = connection
+    def process_request(self, request: socket.socket, client_address):
         try:
-            thread.start()
+            super().process_request(request, client_address)
         except RuntimeError:  # the system gives no more threads
-            del self._connections[thread]
-        return thread in self._connections
+            log.warning("refused a connection: no thread for it")
+            _refuse(request)
+            self.shutdown_request(request)
 
-    def _serve(self, connection: Connection):
-        try:
-            connection.serve()
-        except Exception:
-            log.exception("a connection failed")
-        finally:
-            with self._lock:
-                del self._connections[threading.current_thread()]
+    def set_busy(self, request: socket.socket, busy: bool):
+        """For the handler: `close` lets the busy ones finish."""
+        with self._changed:
+            self._connections[request] = busy
+
+    def shutdown_request(self, request: socket.socket):
+        super().shutdown_request(request)
+        with self._changed:
+            self._connections.pop(request, None)
+            self._changed.notify_all()
+
+    def handle_error(self, request, client_address):
+        log.exception("a connection failed")
+
+    # -- closing
 
     def close(self):
         """Stops: idle connections at once, busy ones when their request is done or after
-        `shutdown_s`. Bounded, and may be called again."""
-        if self._closing.is_set():
-            return
-        self._waker.send(b"x")  # first, as whoever serves closes this socket too
-        self._closing.set()
-        if self._serving.acquire(blocking=False):  # else whoever serves closes them
-            self._close_sockets()
-            self._serving.release()
+        `shutdown_s`. Bounded, and may be called again; from any thread, but not by a signal
+        handler of the one that is in `serve_forever`."""
+        with self._changed:
+            if self.closing:
+                return
+            self._closing.set()
+            serving = self._serving
+        if serving:
+            with suppress(OSError):  # wakes the loop, where the system allows it
+                self.socket.shutdown(socket.SHUT_RDWR)
+            self.shutdown()
+        self.server_close()
         self._hang_up(only_idle=True)
-        self._wait(time.monotonic() + self.settings.shutdown_s)
         self._hang_up(only_idle=False)
-        self._wait(time.monotonic() + self.settings.shutdown_s)
         if self._thread is not None:
             self._thread.join(self.settings.shutdown_s)
 
-    def _close_sockets(self):
-        for sock in (self._listener, self._waker, self._woken):
-            sock.close()
-
     def _hang_up(self, *, only_idle: bool):
-        with self._lock:
-            for connection in self._connections.values():
-                if not (only_idle and connection.busy):
-                    connection.wire.hang_up()
-
-    def _wait(self, deadline: float):
-        with self._lock:
-            threads = list(self._connections)
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-    def __enter__(self) -> "Server":
-        return self
+        """Ends reads and writes under way; waits for connections to end."""
+        with self._changed:
+            for sock, busy in self._connections.items():
+                if not (only_idle and busy):
+                    with suppress(OSError):  # it is closed already
+                        sock.shutdown(socket.SHUT_RDWR)
+            self._changed.wait_for(lambda: not self._connections, self.settings.shutdown_s)
 
     def __exit__(self, *_):
         self.close()
 
 
 def _refuse(sock: socket.socket):
-    with sock:
-        try:
-            sock.setblocking(False)  # a few hundred bytes fit a new socket's buffer, or are lost
-            sock.send(refusal())
-        except OSError:
-            pass
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                                      flags=socket.AI_PASSIVE)[0]
-        listener = socket.create_server(address, family=family, backlog=BACKLOG)
-    except (OSError, OverflowError) as error:
-        raise TinychatError(f"cannot listen on {host}:{port}: {error}; "
-                            "--port chooses another port") from error
-    listener.setblocking(False)
-    return listener
+    with suppress(OSError):
+        sock.setblocking(False)  # a few hundred bytes fit a new socket's buffer, or are lost
+        sock.send(refusal())
