@@ -87,6 +87,17 @@ def with_xllamacpp(path, n_prompt, n_generate, n_threads):
     return f"xllamacpp {version('xllamacpp')}", load_s, prefill, decode
 
 
+def peak_memory_bytes():
+    """Linux hands ru_maxrss on from the process that started this one; VmHWM begins at exec."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(1024 * int(line.split()[1]) for line in status
+                        if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+
 def main(path, *numbers):
     for measure in (with_llama_cpp, with_xllamacpp):
         try:
@@ -96,12 +107,10 @@ def main(path, *numbers):
             continue
     else:
         raise SystemExit(f"{sys.executable} has neither llama_cpp nor xllamacpp")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     version, load_s, prefill, decode = found
     print(json.dumps({"version": version, "load_seconds": load_s,
                       "prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode,
-                      "peak_memory_bytes": peak if sys.platform == "darwin" else 1024 * peak}),
-          flush=True)
+                      "peak_memory_bytes": peak_memory_bytes()}), flush=True)
 
 
 if __name__ == "__main__":

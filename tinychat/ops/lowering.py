@@ -52,7 +52,8 @@ def _matrix(tensor: QTensor) -> list:
     if _has_kernel(tensor):
         return [int(tensor.qtype), n_rows, n_cols, tensor.data, False, _is_mapped(tensor.data)]
     # The rare formats have no kernel: float16 holds their values to 11 bits
-    data = dequantize(tensor).astype(np.float16).reshape(-1).view(np.uint8)
+    with np.errstate(over="ignore"):  # beyond 65504: infinity, as float16 means it
+        data = dequantize(tensor).astype(np.float16).reshape(-1).view(np.uint8)
     return [int(GGMLQuantizationType.F16), n_rows, n_cols, data, False, False]
 
 
