@@ -21,6 +21,7 @@ from tinychat.errors import TinychatError
 from tinychat.library import Library, shelf
 from tinychat.store import Store
 
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 LIMITS = ["--temperature", "0", "--max-output-tokens", "8", "--threads", "1", "--context-length",
           "512"]
 
@@ -234,12 +235,41 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(capsys, monkeypatch, talking
         if event["type"] == "message.delta":
             raise KeyboardInterrupt
     monkeypatch.setattr(talk.Screen, "show", interrupt)
-    assert talking.answer("hello") is False and talking.last_id is None
-    assert "(stopped)" in capsys.readouterr().err
+    typed(monkeypatch, "hello")
+    talking.converse()
+    assert talking.last_id is None and "(stopped)" in capsys.readouterr().err
     monkeypatch.setattr(talk.Screen, "show", shown)
     assert talking.answer("hello") is True
     assert capsys.readouterr().out.strip("\n") == answer.strip("\n")
     assert talking.library.loaded("qwen").n_users == 0
+
+
+def test_ctrl_c_in_a_single_answer_ends_the_program(capsys, monkeypatch, qwen):
+    def interrupt(self, event):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(talk.Screen, "show", interrupt)
+    assert cli.main(["chat", "qwen", "hello", *LIMITS]) == cli.INTERRUPTED
+    assert capsys.readouterr().err.endswith("tinychat: interrupted\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="redirects with a POSIX shell")
+@pytest.mark.parametrize("command, redirected, code, line", [
+    ("chat qwen hello", ">&-", 0, None),
+    ("chat qwen hello", "2>&-", 0, None),
+    ("chat qwen", "<&-", 1, "expected a text on standard input, got none"),
+    pytest.param("chat qwen hello", ">/dev/full", 1, "No space left on device", marks=FULL),
+    pytest.param("list", ">/dev/full", 1, "No space left on device", marks=FULL),
+])
+def test_a_closed_or_full_stream_is_no_traceback(home, qwen, command, redirected, code, line):
+    limits = LIMITS if command.startswith("chat") else []
+    variables = {**environment(home), "PYTHONUNBUFFERED": ""}  # as users have it: flushed at the end
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirected}', "sh", sys.executable, "-m", "tinychat",
+         *command.split(), *limits], text=True, capture_output=True, timeout=WAIT_S, cwd=home,
+        env=variables, stdin=subprocess.DEVNULL)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert line is None or line in done.stderr.splitlines()[-1]
 
 
 def test_a_failed_reply_is_told_in_one_line(capsys, talking):

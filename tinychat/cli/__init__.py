@@ -20,14 +20,18 @@ INTERRUPTED = 130
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # bytes that are no text are no traceback
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the shell has closed it: `tinychat chat hi <&-`
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+        if hasattr(getattr(sys, name), "reconfigure"):  # bytes that are no text are no traceback
+            getattr(sys, name).reconfigure(errors="replace")
     try:
         args = make_parser().parse_args(argv)
         logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING,
                             stream=sys.stderr, format="tinychat: %(message)s")
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()  # here an error still has a handler
+        return code
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
     except TinychatError as error:
@@ -36,8 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("tinychat: interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # `tinychat list | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # `tinychat list | head -1` needs no word
+            say(f"tinychat: {one_line(error)}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it
         return 1
 
 

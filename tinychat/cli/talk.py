@@ -82,7 +82,14 @@ class Talk:
             if line.startswith("/"):
                 self.command(line)
             elif line:
-                self.answer(line)
+                self.reply(line)
+
+    def reply(self, text: str) -> None:
+        """An answer that Ctrl-C stops, and nothing but the answer."""
+        try:
+            self.answer(text)
+        except KeyboardInterrupt:
+            say("(stopped)")
 
     def command(self, line: str) -> None:
         word, _, text = line.partition(" ")
@@ -98,7 +105,7 @@ class Talk:
             say(f"{word} is no command; /help lists them")
 
     def answer(self, text: str) -> bool:
-        """Stream one answer; Ctrl-C stops it. Returns whether it came to its end."""
+        """Stream one answer. Returns whether it came to its end; Ctrl-C goes to the caller."""
         from tinychat.api import chat_request
         from tinychat.chat import run
 
@@ -112,12 +119,12 @@ class Talk:
             if screen.error is None:
                 self.last_id = screen.result["response_id"]
                 return True
-            say(f"tinychat: {screen.error}")
+            say(f"tinychat: {one_line(screen.error)}")
         except TinychatError as error:
             say(f"tinychat: {one_line(error)}")
         except KeyboardInterrupt:
             screen.end_line()
-            say("(stopped)")
+            raise
         return False
 
 

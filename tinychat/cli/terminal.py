@@ -15,7 +15,7 @@ def printable(text: str) -> str:
     return text.translate(CONTROL)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     return printable(" ".join(str(error).split()))
 
 
