@@ -17,6 +17,7 @@ from tinychat.errors import (ContextOverflow, InvalidRequest, ModelFileError, Mo
                              TemplateError, TinychatError)
 from tinychat.gguf_file import open_gguf
 from tinychat.library import shelf
+from tinychat.store import Store
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 GREEDY = {"temperature": 0, "max_output_tokens": 12}
@@ -290,3 +291,18 @@ def test_a_server_that_cannot_start_frees_what_it_had(tmp_path):
             tinychat.serve(port=port, home=tmp_path)
     with pytest.raises(TypeError):
         tinychat.serve(port=0, home=tmp_path, no_such_setting=1)
+
+
+def test_a_load_that_fails_closes_its_store(home, monkeypatch):
+    closed = []
+    close = Store.close
+    monkeypatch.setattr(Store, "close", lambda self: closed.append(self.path) or close(self))
+    path = home / "unused.sqlite3"
+    with pytest.raises(InvalidRequest):
+        tinychat.load(golden("qwen2-a"), home=home, context_length=10**9, store=path)
+    assert closed == [str(path)]
+
+
+def test_lists_of_different_lengths_are_no_ids(model):
+    with pytest.raises(InvalidRequest, match="list of token ids"):
+        model.logits([[1], [1, 2]])

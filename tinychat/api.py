@@ -32,13 +32,15 @@ def load(name: Name, *, context_length: int | None = None, store: str | os.PathL
     options: parallel, queue_limit, kv_type ("f16", "f32"), threads, home; see `Library`.
     Raises: ModelNotFound, ModelFileError, ModelLoadError.
     """
-    library = Library(**options)
-    try:
+    with ExitStack() as undo:
+        library = Library(**options)
+        undo.callback(library.close)
         key = library.ensure(name).key
-        return Model(library, key, Store(store), context_length)
-    except BaseException:
-        library.close()
-        raise
+        responses = Store(store)
+        undo.callback(responses.close)
+        model = Model(library, key, responses, context_length)
+        undo.pop_all()
+    return model
 
 
 def load_tokenizer(path: str | os.PathLike) -> "Vocabulary":
