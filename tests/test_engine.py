@@ -1,3 +1,4 @@
+import os
 import random
 import subprocess
 import sys
@@ -718,3 +719,30 @@ def run_script(script, n_pages, parallel, chunk, max_tokens):
         assert engine.close()
     assert engine.stats.free_pages == n_pages
     check_pages(engine._stepper.cache, [])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_is_told_that_nobody_would_answer():
+    code = """
+import os, sys, warnings
+from helpers_engine import FakeExecutor
+from tinychat.engine import Engine
+from tinychat.errors import KernelError
+warnings.simplefilter("ignore")
+engine = Engine(FakeExecutor(), n_ctx=64)
+if os.fork():
+    status = os.wait()[1]
+    engine.close()
+    sys.exit(os.waitstatus_to_exitcode(status))
+for call in (engine.submit, engine.logits):
+    try:
+        call([1])
+    except KernelError as error:
+        assert "forked" in str(error)
+    else:
+        os._exit(1)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          timeout=WAIT_S, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 0, done.stderr

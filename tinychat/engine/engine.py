@@ -73,7 +73,7 @@ class Engine:
 
         Raises: ContextOverflow when the prompt leaves no room for a token; InvalidRequest when it
         is empty or has ids outside the vocabulary, or max_tokens is below 1; Overloaded when the
-        queue is full or the engine closing.
+        queue is full or the engine closing; KernelError in a forked process.
         """
         n_ctx = min(n_ctx or self.n_ctx, self.n_ctx)
         ids = self._checked(ids, n_ctx - 1, n_ctx)
@@ -146,7 +146,10 @@ class Engine:
 
     def _checked(self, ids, n_most: int, n_ctx: int) -> np.ndarray:
         """ids as int32 (n,), 1 <= n <= n_most, all in the vocabulary: a bad one fails its step."""
-        ids = np.asarray(ids)
+        try:
+            ids = np.asarray(ids)
+        except ValueError as error:  # lists of different lengths
+            raise InvalidRequest(f"expected a list of token ids: {error}", param="input") from None
         if ids.size == 0:
             raise InvalidRequest("expected a prompt of at least one token, got none", param="input")
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -163,6 +166,8 @@ class Engine:
     def _check_open(self) -> None:
         if self._closing:
             raise Overloaded("the engine is shutting down")
+        if not self._thread.is_alive():  # it runs in the parent: nobody here would ever answer
+            raise KernelError("the model was loaded before this process was forked: load it here")
 
     # The engine's thread
 
