@@ -17,6 +17,7 @@ from tinychat.library import (Library, catalog, data_folder, default_model, down
 from tinychat.library.entry import describe
 from tinychat.models import build_program
 from tinychat.ops.program import PAGE_TOKENS
+from tinychat.text.template import ChatTemplate, source_of
 
 SWITCH = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
 SWITCH_OFF = "{% if thinking is defined and thinking %}<think>{% endif %}{# </think> #}"
@@ -155,6 +156,13 @@ def test_the_list_passes_the_contract_loaded_or_not(shelves, tmp_path):
 def test_reasoning_is_offered_as_the_template_can_switch_it(tmp_path, template, found):
     entry = describe(write_model(tmp_path / "m.gguf", template=template), "m", "")
     assert entry.capabilities.get("reasoning") == found
+
+
+def test_the_list_and_the_chat_read_the_same_template(tmp_path):
+    path = write_model(tmp_path / "m.gguf", tokenizer__chat_template__default=SWITCH)
+    with open_gguf(path) as file:
+        template = ChatTemplate(source_of(file.metadata))
+    assert describe(path, "m", "").capabilities["reasoning"] == template.reasoning
 
 
 def test_what_a_file_does_not_say_is_counted(tmp_path):

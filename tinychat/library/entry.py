@@ -11,10 +11,9 @@ from pathlib import Path
 
 from gguf.constants import LlamaFileType
 
-from tinychat.errors import ModelFileError, TemplateError
+from tinychat.errors import ModelFileError
 from tinychat.gguf_file import GGUFFile, open_gguf
-from tinychat.text.split import reasoning_markers
-from tinychat.text.template import render
+from tinychat.text.template import ChatTemplate, source_of
 
 QUANT_SUFFIX = re.compile(r"[-._](I?Q\d\w*|[BF]\d{2}|MXFP4\w*)$", re.IGNORECASE)  # model-Q4_K_M
 SIZE_LABEL = re.compile(r"(\d+x)?\d+(\.\d+)?[KMBTQ](-A\d+(\.\d+)?[KMBT])?")  # 135M, 8x7B, 30B-A3B
@@ -123,25 +122,11 @@ def _n_values(file: GGUFFile) -> int:
 
 
 def _capabilities(metadata: dict) -> dict:
-    template = _text(metadata, "tokenizer.chat_template") or ""
-    found = {"vision": False, "trained_for_tool_use": "tools" in template}
-    if reasoning_markers(template):
-        found["reasoning"] = _reasoning(template)
+    template = ChatTemplate(source_of(metadata))
+    found = {"vision": False, "trained_for_tool_use": "tools" in (template.source or "")}
+    if template.reasoning_markers:  # without them no thought could be told from the answer
+        found["reasoning"] = template.reasoning
     return found
-
-
-def _reasoning(template: str) -> dict:
-    """Whether the template's switch can turn reasoning off, found by rendering a small chat."""
-    chat = [{"role": "user", "content": "Hello"}]
-    try:
-        on = render(template, chat, enable_thinking=True, thinking=True)
-        off = render(template, chat, enable_thinking=False, thinking=False)
-        if on != off:
-            plain = render(template, chat)
-            return {"allowed_options": ["off", "on"], "default": "off" if plain == off else "on"}
-    except TemplateError:
-        pass  # it is the chat's to report; here it only means that no switch was found
-    return {"allowed_options": ["on"], "default": "on"}
 
 
 def parts(path: Path) -> list[Path]:

@@ -31,6 +31,17 @@ def render(template: str, messages: list[dict], tools: list[dict] | None = None,
     return chat_template.render(messages, tools, **kwargs)
 
 
+def source_of(metadata: dict[str, Any]) -> str | None:
+    """The text of a file's chat template; None when it has none."""
+    return (_text(metadata, "tokenizer.chat_template")
+            or _text(metadata, "tokenizer.chat_template.default"))
+
+
+def _text(metadata: dict[str, Any], key: str) -> str | None:
+    value = metadata.get(key)
+    return value if isinstance(value, str) else None
+
+
 class ChatTemplate:
     """A model's chat template and its variant for tools, compiled at the first use.
 
@@ -49,16 +60,11 @@ class ChatTemplate:
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any], tokenizer) -> "ChatTemplate":
         """A file without a template is no error before a chat is rendered: it can complete text."""
-        def text(key):
-            value = metadata.get(key)
-            return value if isinstance(value, str) else None
-
         def token(token_id):
             return "" if token_id is None else tokenizer.tokens[token_id]
 
         types = metadata.get("tokenizer.ggml.token_type", ())
-        return cls(text("tokenizer.chat_template") or text("tokenizer.chat_template.default"),
-                   tool_use=text("tokenizer.chat_template.tool_use"),
+        return cls(source_of(metadata), tool_use=_text(metadata, "tokenizer.chat_template.tool_use"),
                    bos_token=token(tokenizer.bos_id), eos_token=token(tokenizer.eos_id),
                    special=[token for token, kind in zip(tokenizer.tokens, types)
                             if kind in _SPECIAL_TYPES])
