@@ -19,7 +19,8 @@ WALLS = {
     "contract": (),
     "library": ("engine", "text", "models", "ops", "gguf_file"),
     "store": ("contract",),
-    "chat": ("engine", "text", "mcp", "library", "store", "contract"),
+    "output": (),
+    "chat": ("engine", "text", "mcp", "library", "store", "contract", "output"),
     "server": ("chat", "sse", "contract", "library", "store"),
 }
 DOORS = {"cli", "bench", "api", "__init__", "__main__"}  # the doors for people may import everything
