@@ -262,7 +262,7 @@ def test_ctrl_c_in_a_single_answer_ends_the_program(capsys, monkeypatch, qwen):
 ])
 def test_a_closed_or_full_stream_is_no_traceback(home, qwen, command, redirected, code, line):
     limits = LIMITS if command.startswith("chat") else []
-    variables = {**environment(home), "PYTHONUNBUFFERED": ""}  # as users have it: flushed at the end
+    variables = {**environment(home), "PYTHONUNBUFFERED": ""}  # as users have it
     done = subprocess.run(
         ["sh", "-c", f'exec "$@" {redirected}', "sh", sys.executable, "-m", "tinychat",
          *command.split(), *limits], text=True, capture_output=True, timeout=WAIT_S, cwd=home,

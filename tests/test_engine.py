@@ -744,5 +744,6 @@ for call in (engine.submit, engine.logits):
 os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          timeout=WAIT_S, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+                          timeout=WAIT_S,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 0, done.stderr

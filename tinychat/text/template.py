@@ -64,7 +64,8 @@ class ChatTemplate:
             return "" if token_id is None else tokenizer.tokens[token_id]
 
         types = metadata.get("tokenizer.ggml.token_type", ())
-        return cls(source_of(metadata), tool_use=_text(metadata, "tokenizer.chat_template.tool_use"),
+        return cls(source_of(metadata),
+                   tool_use=_text(metadata, "tokenizer.chat_template.tool_use"),
                    bos_token=token(tokenizer.bos_id), eos_token=token(tokenizer.eos_id),
                    special=[token for token, kind in zip(tokenizer.tokens, types)
                             if kind in _SPECIAL_TYPES])
