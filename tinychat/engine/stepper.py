@@ -89,7 +89,7 @@ class Stepper:
         row = 0
         for seq, n in work:
             if self._advance(seq, n, now):
-                self._sample(seq, logits[row], now)
+                self._sample(seq, logits[row])
                 row += 1
 
     def logits(self, seq: Sequence, between_steps: Callable[[], None]) -> np.ndarray | None:
@@ -160,7 +160,7 @@ class Stepper:
         seq.t_prompt_done = now
         seq.put(PromptDone(now))
 
-    def _sample(self, seq: Sequence, logits: np.ndarray, now: float) -> None:
+    def _sample(self, seq: Sequence, logits: np.ndarray) -> None:
         try:
             id = seq.sampler.next(self.executor, logits, seq.recent_ids())
         except TinychatError as error:  # its own numbers are broken, the others' are not
@@ -168,7 +168,7 @@ class Stepper:
             return
         self.n_generated += 1
         reason = seq.append(id)
-        seq.put(Token(id, now))
+        seq.put(Token(id, time.perf_counter()))  # choosing it is part of its time
         if reason:
             self.end(seq, reason)
 
