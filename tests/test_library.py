@@ -1,6 +1,7 @@
 """Models on disk and in memory: names, lists, shared loads, memory, downloads."""
 import json
 import os
+import sys
 import threading
 
 import numpy as np
@@ -402,6 +403,13 @@ def test_the_pool_holds_every_request_or_what_memory_allows(program):
     less = full.total_bytes - full.page_bytes * full.n_pages // 2
     tight = plan(available=int(less / memory.HEADROOM) + 1)
     assert 256 // PAGE_TOKENS <= tight.n_pages < full.n_pages
+
+
+def test_kernels_that_cannot_be_imported_are_planned_for_as_float32(program, monkeypatch):
+    monkeypatch.delenv("TINYCHAT_PURE", raising=False)
+    monkeypatch.setitem(sys.modules, "tinychat.ops.native", None)
+    n_values = sum(int(np.prod(weight.shape)) for weight in program.weights())
+    assert loaded.plan(program, 64, loaded.LoadSettings()).weight_bytes == 4 * n_values
 
 
 @pytest.mark.parametrize("files, free", [

@@ -1,10 +1,8 @@
 """One model in memory: file, program, executor, engine and text, opened and closed together."""
-import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 from tinychat.engine.engine import Engine
 from tinychat.engine.sampler import SamplingParams
@@ -13,7 +11,7 @@ from tinychat.gguf_file import GGUFFile, open_gguf
 from tinychat.library.entry import ModelEntry
 from tinychat.library.memory import MemoryPlan, available_memory, plan_memory
 from tinychat.models import build_program
-from tinychat.ops import open_executor
+from tinychat.ops import open_executor, why_reference
 from tinychat.ops.program import Program
 from tinychat.text.template import ChatTemplate
 from tinychat.text.tokenizer import Tokenizer
@@ -128,13 +126,8 @@ def plan(program: Program, n_ctx: int, settings: LoadSettings, freed_bytes: int 
     """`freed_bytes`: what will be given back before the load. Raises: ModelLoadError."""
     available = available_memory()
     return plan_memory(program, n_ctx=n_ctx, parallel=settings.parallel, max_tokens=CHUNK,
-                       kv_type=settings.kv_type, dequantized=runs_on_reference(),
+                       kv_type=settings.kv_type, dequantized=why_reference() is not None,
                        available=None if available is None else available + freed_bytes)
-
-
-def runs_on_reference() -> bool:
-    """Whether open_executor will choose NumPy, which holds every weight as float32."""
-    return os.environ.get("TINYCHAT_PURE") == "1" or find_spec("tinychat._kernels") is None
 
 
 def sampling_defaults(metadata: dict) -> SamplingParams:

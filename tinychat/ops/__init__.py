@@ -19,24 +19,26 @@ def open_executor(program, *, kind: str | None = None, **limits):
     """
     if kind not in (None, *KINDS):
         raise KernelError(f"expected executor {' or '.join(KINDS)}, got {kind!r}")
-    native = None if kind == "reference" else _native(required=kind == "native")
-    if native:
-        return native(program, **limits)
-    from tinychat.ops.reference import ReferenceExecutor
-    return ReferenceExecutor(program, **limits)
-
-
-def _native(required: bool):
-    """The native executor's class, or None with a warning when it is not there."""
-    if os.environ.get("TINYCHAT_PURE") == "1" and not required:
-        reason = "TINYCHAT_PURE=1"
-    else:
-        try:
-            from tinychat.ops.native import NativeExecutor
-            return NativeExecutor
-        except ImportError as error:
-            reason = f"no compiled kernels: {error}"
-    if required:
+    if kind is None and (reason := why_reference()):
+        log.warning("running on NumPy, many times slower and in float32 (%s)", reason)
+        kind = "reference"
+    if kind == "reference":
+        from tinychat.ops.reference import ReferenceExecutor
+        return ReferenceExecutor(program, **limits)
+    if reason := _why_no_kernels():
         raise KernelError(f"the native executor is not available ({reason})")
-    log.warning("running on NumPy, many times slower and in float32 (%s)", reason)
+    from tinychat.ops.native import NativeExecutor
+    return NativeExecutor(program, **limits)
+
+
+def why_reference() -> str | None:
+    """Why the best executor here is the reference; None where it is the native one."""
+    return "TINYCHAT_PURE=1" if os.environ.get("TINYCHAT_PURE") == "1" else _why_no_kernels()
+
+
+def _why_no_kernels() -> str | None:
+    try:
+        import tinychat.ops.native  # noqa: F401 - whether it can be had is all that is asked
+    except ImportError as error:
+        return f"no compiled kernels: {error}"
     return None
