@@ -1,0 +1,8 @@
+"""The wire's requests and the hand-written validation of what comes over it."""
+from tinychat.contract.chat import (
+    RESPONSE_ID_PREFIX, ChatRequest, EphemeralServer, ImageItem, Plugin, TextItem,
+    parse_chat_request)
+from tinychat.contract.checks import MAX_COUNT, parse_json, wrong_type
+
+__all__ = ["MAX_COUNT", "RESPONSE_ID_PREFIX", "ChatRequest", "EphemeralServer", "ImageItem",
+           "Plugin", "TextItem", "parse_chat_request", "parse_json", "wrong_type"]
