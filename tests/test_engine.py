@@ -478,7 +478,7 @@ def test_nothing_computed_before_a_fault_is_reused(start):
 
 # Closing
 
-def test_close_ends_running_and_waiting_with_the_error():
+def test_close_ends_running_waiting_and_late_ones_with_the_error():
     executor = FakeExecutor()
     gate = Gate(executor, at_step=2)
     engine = Engine(executor, n_ctx=512, parallel=1)
@@ -494,10 +494,10 @@ def test_close_ends_running_and_waiting_with_the_error():
     closer.join(WAIT_S)
     assert not engine._thread.is_alive() and engine.close()
     assert engine.stats.free_pages == engine.stats.n_pages
-    with pytest.raises(Overloaded):
-        engine.submit([1], params=GREEDY)
-    with pytest.raises(Overloaded):
-        engine.logits([1])
+    for late in (lambda: engine.submit([1], params=GREEDY), lambda: engine.logits([1])):
+        with pytest.raises(TinychatError) as caught:
+            late()
+        assert caught.value.code == "model_unloaded"
 
 
 def test_close_does_not_wait_for_ever_for_a_step(monkeypatch, caplog):

