@@ -247,8 +247,26 @@ class ScriptedLibrary:
     def loaded(self, key):
         return self.models.get(key)
 
-    def acquire(self, name, *, context_length=None, progress=None):
-        entry = self.find(name)
+    instance = loaded
+
+    def instances(self):
+        return []
+
+    def counters(self):
+        return {}
+
+    def expects(self, key):
+        return key in self.models
+
+    def try_acquire(self, entry, *, context_length=None, ttl=None):
+        with self.lock:
+            model = self.models.get(entry.key)
+            if model is None or (context_length or 0) > model.context_length:
+                return None
+            model.n_users += 1
+            return model
+
+    def acquire(self, entry, *, context_length=None, ttl=None, progress=None):
         with self.lock:
             model = self.models.get(entry.key)
             if model is None or (context_length or 0) > model.context_length:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinychat.chat import ChatSettings, fold, run
-from tinychat.contract import parse_chat_request
+from tinychat.contract import ImageItem, TextItem, parse_chat_request
 from tinychat.errors import KernelError, ModelLoadError, TinychatError
 from tinychat.store import Store
 
@@ -177,6 +177,16 @@ def test_a_system_prompt_stays_is_replaced_or_removed(chat_of):
     assert "RULE TWO" in prompt and "RULE ONE" not in prompt and prompt.count("<|im_start|>system") == 1
     removed = chat.ask(previous_response_id=replaced, system_prompt="")["response_id"]
     assert "system" not in chat.prompt(previous_response_id=removed)
+
+
+def test_a_chat_with_an_image_is_not_continued_by_a_model_that_cannot_see(chat_of):
+    """C-095."""
+    chat = chat_of(says("ok"))
+    output = ({"type": "message", "content": "a cat"},)
+    seen = chat.store.save([], None, KEY, (ImageItem("data:image/png;base64,AAAA"),), output)
+    later = chat.store.save(chat.store.chain(seen), None, KEY, (TextItem("and?"),), output)
+    for id in (seen, later):
+        assert chat.error(previous_response_id=id) == ("invalid_value", "previous_response_id")
 
 
 def test_another_model_continues_a_chat_with_its_own_template(chat_of):

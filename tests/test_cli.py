@@ -99,13 +99,15 @@ def test_names_from_files_cannot_drive_the_terminal(capsys, home):
     assert terminal.printable("a\x1b[31m\tb\n\x85") == "a\ufffd[31m\tb\n\ufffd"
 
 
-def test_flags_go_before_the_environment_and_that_before_defaults(monkeypatch):
+def test_flags_go_before_the_environment_then_the_file_then_defaults(monkeypatch):
     port, cors = (next(s for s in SETTINGS if s.name == name) for name in ("port", "cors"))
-    assert port.value(None) == 1234
+    assert port.value(None) == (1234, "default")
+    assert port.value(None, {"port": 5}) == (5, "file")
     monkeypatch.setenv("TINYCHAT_PORT", "99")
     monkeypatch.setenv("TINYCHAT_CORS", "on")
-    assert (port.value(None), port.value(7)) == (99, 7)
-    assert cors.value(None) is True and cors.value(False) is False
+    assert port.value(None, {"port": 5}) == (99, "TINYCHAT_PORT")
+    assert port.value(7, {"port": 5}) == (7, "flag")
+    assert cors.value(None)[0] is True and cors.value(False)[0] is False
     monkeypatch.setenv("TINYCHAT_PORT", "many")
     with pytest.raises(TinychatError, match="TINYCHAT_PORT: expected a port, got 'many'"):
         port.value(None)

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from tinychat.errors import TinychatError
 from tinychat.library import Library
 from tinychat.server import make_server
-from tinychat.server.handler import Handler
+from tinychat.server.handler import Handler, route_of
 from tinychat.server.listener import ServerSettings
+from tinychat.server.metrics import Metrics
 from tinychat.store import Store
 
 CHAT, MODELS = "/api/v1/chat", "/api/v1/models"
@@ -139,19 +140,6 @@ def test_a_trailing_slash_and_a_query_change_nothing(serve, path):
     assert status == 200 and check_models(json.loads(data)) == []
 
 
-@pytest.mark.parametrize("method, path", [
-    ("POST", f"{MODELS}/load"), ("POST", f"{MODELS}/unload"), ("POST", f"{MODELS}/download"),
-    ("GET", f"{MODELS}/download/status/job_0123456789"),
-])
-def test_what_this_build_lacks_is_501_after_the_transport_checks(serve, method, path):
-    client = serve()
-    status, _, data = client.request(method, path, b"{}" if method == "POST" else None, JSON)
-    assert (status, check_error(json.loads(data), 501)) == (501, [])
-    if method == "POST":
-        assert client.post(b"{", path)[1]["error"]["code"] == "invalid_json"
-        assert client.request(method, path, b"{}")[0] == 415
-
-
 def test_a_job_status_without_an_id_names_the_parameter(serve):
     status, _, data = serve().request("GET", f"{MODELS}/download/status")
     assert (status, json.loads(data)["error"]["param"]) == (400, "job_id")
@@ -254,7 +242,8 @@ def answers_of(data):
 @given(st.lists(st.sampled_from(HTTP_PIECES) | st.binary(max_size=4), max_size=20).map(b"".join))
 def test_any_bytes_are_a_request_or_a_contract_error_or_a_hang_up(data):
     server = SimpleNamespace(library=ScriptedLibrary(says("x")), store=None, closing=False,
-                             settings=ServerSettings(read_timeout_s=WAIT_S), set_busy=lambda *_: None)
+                             settings=ServerSettings(read_timeout_s=WAIT_S), set_busy=lambda *_: None,
+                             metrics=Metrics(route_of), n_connections=1)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(data)
@@ -434,7 +423,9 @@ def test_a_stream_passes_the_contract_and_gives_the_same_result(serve):
     ({"messages": []}, (400, "unrecognized_keys", "messages")),                      # C-024
     ({"previous_response_id": "resp_0"}, (400, "previous_response_not_found", "previous_response_id")),
     ({"reasoning": "on"}, (400, "invalid_value", "reasoning")),
-    ({"integrations": ["mcp/x"]}, (501, "not_implemented", "integrations")),
+    ({"integrations": ["mcp/x"]}, (403, "permission_denied", "integrations.0")),     # C-110
+        ({"integrations": [{"type": "ephemeral_mcp", "server_label": "x", "server_url": "http://h"}]},
+         (501, "not_implemented", "integrations")),
     ({"input": "x" * 9000}, (400, "context_length_exceeded", "input")),              # C-104
 ])
 def test_a_refused_chat_is_a_json_error_streaming_or_not(serve, fields, expected, stream):

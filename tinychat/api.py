@@ -50,7 +50,8 @@ def load_tokenizer(path: str | os.PathLike) -> "Vocabulary":
 
 
 def serve(models: "Name | Model | Iterable[Name]" = (), *, host: str = "127.0.0.1",
-          port: int = 1234, store: str | os.PathLike | None = None, **settings) -> "Serving":
+          port: int = 1234, store: str | os.PathLike | None = None,
+          max_stored_responses: int = 10_000, **settings) -> "Serving":
     """A server on threads of its own, with the models in memory; close it, or use it in a `with`.
 
     models: names or paths; or one loaded `Model`, which the server then shares.
@@ -67,7 +68,8 @@ def serve(models: "Name | Model | Iterable[Name]" = (), *, host: str = "127.0.0.
         undo.callback(library.close)
         for name in names:
             library.load(library.ensure(name).key)
-        responses = Store(library.home / STORE_NAME if store is None else store)
+        responses = Store(library.home / STORE_NAME if store is None else store,
+                          max_responses=max_stored_responses)
         undo.callback(responses.close)
         serving = Serving(library, responses, owns=(library, responses), host=host, port=port,
                           **settings)

@@ -13,10 +13,10 @@ from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from tinychat.contract import ChatRequest, ImageItem, TextItem
+from tinychat.contract import ChatRequest, EphemeralServer, ImageItem, Plugin, TextItem
 from tinychat.engine.sequence import (
     Finished, PromptDone, PromptProgress, PromptStarted, Sequence, Token, Update)
-from tinychat.errors import InvalidRequest, NotImplementedYet, TinychatError
+from tinychat.errors import InvalidRequest, NotImplementedYet, Overloaded, TinychatError
 from tinychat.library import Library, LoadedModel, ModelEntry
 from tinychat.output import Output, Stats
 from tinychat.store import Store, Turn
@@ -33,10 +33,16 @@ WAIT_S = 1.0  # how long one wait for the engine lasts when nobody asked for hea
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """heartbeat_s: when given, `run` yields None at least once in so many seconds of silence, so
-    that its consumer can look after its client."""
+    """What a door allows.
+
+    heartbeat_s: when given, `run` yields None at least once in so many seconds of silence, so that
+    its consumer can look after its client. stopping: once it is true the chat fails, and ends.
+    refusal: why an integration is not permitted, None when it is.
+    """
 
     heartbeat_s: float | None = None
+    stopping: Callable[[], bool] = lambda: False
+    refusal: Callable[[Plugin | EphemeralServer], str | None] = lambda integration: None
 
 
 def run(library: Library, store: Store, request: ChatRequest,
@@ -46,7 +52,8 @@ def run(library: Library, store: Store, request: ChatRequest,
     Raises: TinychatError before the first event; later failures are an `error` event, then `chat.end`.
     """
     entry = _find_model(library, request)
-    turns = _thread(store, request)
+    turns = _thread(store, request, entry)
+    _check_integrations(request, settings)
     chat = _Chat(library, store, request, entry, turns, settings)
     try:
         with closing(chat.events()) as events:
@@ -83,7 +90,7 @@ def _find_model(library: Library, request: ChatRequest) -> ModelEntry:
     entry = library.find(request.model)
     if entry.type != "llm":
         raise InvalidRequest(f"{entry.key} is not a chat model", param="model")
-    if not library.jit and library.loaded(entry.key) is None:
+    if not (library.jit or library.expects(entry.key)):
         raise InvalidRequest(f"{entry.key} is not loaded, and loading on demand is off",
                              code="model_not_loaded", param="model")
     _check_reasoning(entry, request.reasoning)
@@ -111,12 +118,25 @@ def _check_reasoning(entry: ModelEntry, value: str | None):
                              + ", ".join(offered["allowed_options"]), param="reasoning")
 
 
-def _thread(store: Store, request: ChatRequest) -> list[Turn]:
+def _thread(store: Store, request: ChatRequest, entry: ModelEntry) -> list[Turn]:
     """The turns that the request continues."""
-    turns = store.chain(request.previous_response_id) if request.previous_response_id else []
+    if not request.previous_response_id:
+        return []
+    turns = store.chain(request.previous_response_id)
+    seen = any(isinstance(item, ImageItem) for turn in turns for item in turn.input)
+    if seen and not entry.capabilities["vision"]:
+        raise InvalidRequest(f"the chat has images, which {entry.key} cannot see",
+                             param="previous_response_id")
+    return turns
+
+
+def _check_integrations(request: ChatRequest, settings: ChatSettings):
+    for position, integration in enumerate(request.integrations):
+        if reason := settings.refusal(integration):
+            raise InvalidRequest(reason, code="permission_denied",
+                                 param=f"integrations.{position}")
     if request.integrations:
         raise NotImplementedYet("this build cannot use tools yet", param="integrations")
-    return turns
 
 
 # ---- history -> messages ----------------------------------------------------------------------
@@ -152,7 +172,8 @@ class _Chat:
     def __init__(self, library: Library, store: Store, request: ChatRequest, entry: ModelEntry,
                  turns: list[Turn], settings: ChatSettings):
         self.library, self.store, self.request, self.entry = library, store, request, entry
-        self.wait_s = settings.heartbeat_s or WAIT_S
+        self.turns = turns
+        self.settings, self.wait_s = settings, settings.heartbeat_s or WAIT_S
         inherited = turns[-1].system_prompt if turns else None
         given = request.system_prompt
         self.system_prompt = (inherited if given is None else given) or None
@@ -166,8 +187,8 @@ class _Chat:
         self.ending = "cancelled"
 
     def events(self) -> Iterator[dict | None]:
-        if self._is_loaded():
-            self.model = self._acquire()
+        self.model = self.library.try_acquire(self.entry, **self._wish())
+        if self.model:
             self._submit()
         yield {"type": "chat.start", "model_instance_id": self.entry.key}
         try:
@@ -191,16 +212,13 @@ class _Chat:
 
     # -- loading
 
-    def _is_loaded(self) -> bool:
-        """Is the model in memory, this variant of it, with all the context that is asked for?"""
-        model = self.library.loaded(self.entry.key)
-        return (model is not None and model.entry.path == self.entry.path
-                and (self.request.context_length or 0) <= model.context_length)
-
-    def _acquire(self, progress: Callable[[float], None] | None = None) -> LoadedModel:
+    def _wish(self) -> dict:
         wanted = self.request.context_length
-        return self.library.acquire(self.request.model, progress=progress,
-                                    context_length=wanted and max(wanted, LEAST_CONTEXT))
+        return {"context_length": wanted and max(wanted, LEAST_CONTEXT), "ttl": self.request.ttl}
+
+    def _check_stopping(self):
+        if self.settings.stopping():
+            raise Overloaded("the server is shutting down")
 
     def _load(self) -> Iterator[dict | None]:
         """Loads on a helper thread, so that progress becomes events while it happens."""
@@ -216,6 +234,7 @@ class _Chat:
                 told = min(part, 1.0)
                 yield {"type": "model_load.progress", **instance, "progress": told}
             else:
+                self._check_stopping()
                 yield None
         self.model = self.loading.result()
         self.stats.load_time_s = self.model.load_time_seconds
@@ -223,7 +242,8 @@ class _Chat:
 
     def _load_into(self, loading: Future, news: queue.SimpleQueue):
         try:
-            loading.set_result(self._acquire(news.put))
+            loading.set_result(self.library.acquire(self.entry, progress=news.put,
+                                                    **self._wish()))
         except BaseException as error:  # the other thread would wait for ever
             loading.set_exception(error)
         finally:
@@ -265,9 +285,12 @@ class _Chat:
         """The engine's updates; None after each wait in which none came."""
         while True:
             try:
-                yield from self.sequence.updates(timeout=self.wait_s)
+                for update in self.sequence.updates(timeout=self.wait_s):
+                    self._check_stopping()
+                    yield update
                 return
             except TimeoutError:
+                self._check_stopping()
                 yield None
 
     def _generate(self) -> Iterator[dict | None]:
@@ -322,8 +345,8 @@ class _Chat:
         request = self.request
         if not request.store:
             return None
-        return self.store.save(request.previous_response_id, self.system_prompt, self.entry.key,
-                               request.input, self.output.items)
+        return self.store.save(self.turns, self.system_prompt, self.entry.key, request.input,
+                               self.output.items)
 
     def _chat_end(self, response_id: str | None) -> dict:
         result = {"model_instance_id": self.entry.key, "output": self.output.items,

@@ -1,4 +1,4 @@
-"""The commands: serve, chat, pull, list, inspect, bench.
+"""The commands: serve, chat, pull, list, inspect, bench, token.
 
 What was asked for goes to standard output, all else to standard error. Exit codes: 0; 1 for a
 failure; 2 for a command line that makes no sense; 130 after Ctrl-C. Rooms are imported inside the
@@ -66,10 +66,11 @@ def make_parser() -> argparse.ArgumentParser:
     _serve_arguments(command("serve", commands.serve, "The HTTP server."))
     _chat_arguments(command("chat", talk.chat, "A conversation in the terminal; one answer with a "
                             "TEXT, or with text on standard input."))
-    command("pull", commands.pull, "Fetch a model of the catalogue.").add_argument(
-        "name", metavar="NAME")
+    _pull_arguments(command("pull", commands.pull, "Fetch a model of the catalogue, or of a "
+                            "repository of the Hugging Face hub."))
     command("list", commands.list_models, "The models on this machine.")
     _inspect_arguments(command("inspect", commands.inspect, "What is in a model file."))
+    _token_arguments(command("token", commands.token, "Who may use a server with --require-auth."))
     _bench_arguments(command("bench", commands.bench, "Load time, speed and memory of a model, "
                              "beside the machine's limits."))
     return parser
@@ -78,6 +79,10 @@ def make_parser() -> argparse.ArgumentParser:
 def _serve_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("models", nargs="*", metavar="MODEL",
                      help="name or path, loaded at once; others when they are asked for")
+    sub.add_argument("--config", metavar="FILE", help="the settings file (default: $TINYCHAT_CONFIG"
+                     ", else config.toml in the data folder if there is one)")
+    sub.add_argument("--print-config", action="store_true",
+                     help="print every setting, as a settings file, and stop")
 
 
 def _chat_arguments(sub: argparse.ArgumentParser) -> None:
@@ -87,6 +92,27 @@ def _chat_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-output-tokens", type=count, metavar="COUNT")
     sub.add_argument("words", nargs="*", metavar="[MODEL] [TEXT]",
                      help="the first word is the model, if one is called so; else all is text")
+
+
+def _pull_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("name", metavar="NAME",
+                     help="an id of the catalogue, OWNER/NAME of the hub, or the link of a "
+                     "repository or of one file in it")
+    sub.add_argument("--quantization", metavar="NAME",
+                     help="which of a repository's files (default: Q4_K_M, else the nearest); "
+                     "OWNER/NAME:Q8_0 says the same")
+
+
+def _token_arguments(sub: argparse.ArgumentParser) -> None:
+    actions = sub.add_subparsers(dest="action", required=True, metavar="ACTION")
+    create = actions.add_parser("create", help="make a token and print it, once")
+    create.add_argument("name", metavar="NAME")
+    create.add_argument("--permissions", default="chat", metavar="LIST",
+                        help="some of chat, models (load, unload, download), ephemeral_mcp, and mcp "
+                        "or mcp:LABEL for servers of mcp.json; commas between (default: chat)")
+    actions.add_parser("list", help="names, permissions and dates; not the tokens")
+    revoke = actions.add_parser("revoke", help="end a token at once, also for running servers")
+    revoke.add_argument("name", metavar="NAME")
 
 
 def _inspect_arguments(sub: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """The commands but for chat: serve, pull, list, inspect, bench."""
 import json
+import logging
 import signal
 import threading
 from collections import Counter
@@ -7,32 +8,55 @@ from contextlib import closing
 from pathlib import Path
 
 import tinychat
-from tinychat.cli.settings import settings_of
+from tinychat.cli.settings import decide
 from tinychat.cli.terminal import Bar, print_table, printable, say, size
 
 TEMPLATE_LINES = 8
 LONG_VALUE = 60
+TOKEN_COLUMNS = ("NAME", "PERMISSIONS", "CREATED")
 COLUMNS = ("KEY", "ARCHITECTURE", "PARAMETERS", "QUANTIZATION", "SIZE", "CONTEXT", "PUBLISHER")
 
 
 def serve(args) -> None:
     from tinychat.api import STORE_NAME
-    from tinychat.library import Library, default_model
-    from tinychat.server import make_server
-    from tinychat.server.handler import is_loopback
+    from tinychat.library import Library, data_folder, default_model
+    from tinychat.server import check_settings, make_server
     from tinychat.store import Store
 
+    settings = decide(args)
+    decided = check_settings(**settings.of("server"))  # before anything is fetched
+    if args.print_config:
+        print(settings.toml(ephemeral_mcp=decided.ephemeral_mcp,
+                            store=str(data_folder() / STORE_NAME)), end="")
+        return
+    if settings.values["access_log"]:
+        logging.getLogger("tinychat.access").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
-    ours, theirs = settings_of(args)
-    with Library(**ours) as library:
+    with Library(**settings.of("library")) as library:
         keys = [fetched(library, name).key for name in args.models or [default_model()]]
-        with closing(Store(library.home / STORE_NAME)) as store:
-            with closing(make_server(library, store, **theirs)) as server:
+        store = settings.of("store")
+        store["path"] = store["path"] or library.home / STORE_NAME
+        with closing(Store(**store)) as store:
+            with closing(make_server(library, store, **settings.of("server"))) as server:
                 loaded = [load_shown(library, key) for key in keys]
-                if not is_loopback(theirs["host"]):
-                    say(f"WARNING: {theirs['host']} is not a loopback address: whoever reaches "
-                        f"port {server.port} can use this server and read its chats")
+                warn_of_openness(server)
                 serve_until_interrupted(server, loaded)
+
+
+def warn_of_openness(server) -> None:
+    """What whoever starts a server has to know of who can reach it."""
+    from tinychat.server.origin import is_loopback
+
+    if server.settings.require_auth:
+        if not server.tokens.list():
+            say("WARNING: no token exists yet, so nobody can use this server; "
+                "`tinychat token create NAME` makes one")
+    elif not is_loopback(server.settings.host):
+        frame = "!" * 78
+        say(f"{frame}\nWARNING: {server.settings.host} is not a loopback address, and no token is "
+            f"asked for.\nWhoever reaches port {server.port} can use this server, its models and "
+            f"its disk, and read\nits chats. `--require-auth` asks for a token of `tinychat token "
+            f"create`.\n{frame}")
 
 
 def serve_until_interrupted(server, loaded) -> None:
@@ -44,7 +68,28 @@ def serve_until_interrupted(server, loaded) -> None:
         while not threading.Event().wait(1.0):  # Windows interrupts no wait without an end
             pass
     except KeyboardInterrupt:
-        say("stopping")
+        say("stopping: running requests may finish")
+
+
+def token(args) -> None:
+    """create prints the token alone on standard output, and only this once."""
+    from tinychat.library import data_folder
+    from tinychat.server.auth import TOKENS_NAME, Tokens
+
+    tokens = Tokens(data_folder() / TOKENS_NAME)
+    if args.action == "create":
+        permissions = [one.strip() for one in args.permissions.split(",") if one.strip()]
+        print(tokens.create(args.name, permissions))
+        say(f"{args.name} may: {', '.join(permissions)}; the token is not shown again")
+    elif args.action == "revoke":
+        tokens.revoke(args.name)
+        say(f"{args.name} is revoked")
+    else:
+        rows = [(one.name, ",".join(one.permissions), one.created_at) for one in tokens.list()]
+        if rows:
+            print_table([TOKEN_COLUMNS, *rows])
+        else:
+            say("no tokens; `tinychat token create NAME` makes one")
 
 
 def fetched(library, name: str):
@@ -60,15 +105,16 @@ def load_shown(library, key: str):
 
 def pull(args) -> None:
     from tinychat.library import Library
+    name = f"{args.name}:{args.quantization}" if args.quantization else args.name
     with Library() as library:
         with Bar() as bar:
-            entry = library.pull(args.name, bar.bytes)
+            entry = library.pull(name, bar.bytes)
         say(f"{entry.key} is at {entry.path}")
 
 
 def list_models(args) -> None:
     from tinychat.library import Library, default_model
-    with Library() as library:
+    with Library(**decide(args).of("library")) as library:
         rows = [(e.key, e.architecture, e.params_string or "", e.quantization.name or "",
                  size(e.size_bytes), str(e.max_context_length), e.publisher)
                 for e in library.list()]
@@ -135,9 +181,9 @@ def short(value) -> str:
 def bench(args) -> None:
     from tinychat import bench as measure
 
-    ours, _ = settings_of(args)
+    threads = decide(args).values["threads"]
     result = measure.run(args.model, n_prompt=args.prompt, n_generate=args.generate,
-                         n_runs=args.runs, threads=ours["threads"],
+                         n_runs=args.runs, threads=threads,
                          rival_python=args.vs_python if args.vs else None, say=say)
     if args.json:
         print(json.dumps(result))

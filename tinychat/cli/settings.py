@@ -1,10 +1,21 @@
-"""Settings: a flag and an environment variable for each, and the kinds of value they take."""
+"""Settings: a flag, an environment variable and a key of the settings file for each, in that order
+of precedence, and the kinds of value they take."""
 import argparse
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from tinychat.errors import TinychatError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CONFIG_NAME, CONFIG_VARIABLE = "config.toml", "TINYCHAT_CONFIG"
+MAX_CONFIG_BYTES = 1 << 20
 
 
 def count(text: str) -> int:
@@ -34,6 +45,21 @@ def address(text: str) -> str:
     return text
 
 
+def file(text: str) -> str:
+    return text
+
+
+def folders(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(os.pathsep) if part)
+
+
+def reach(text: str) -> str:
+    """Which addresses MCP servers of a request may have."""
+    if text not in ("off", "public", "local"):
+        raise ValueError
+    return text
+
+
 def _integer(text: str, low: int, high: int) -> int:
     number = int(text)
     if not low <= number <= high:
@@ -41,17 +67,24 @@ def _integer(text: str, low: int, high: int) -> int:
     return number
 
 
+EXPECTED = {count: "a count of at least 1", port: "a port", seconds: "a number of seconds",
+            switch: "on or off", address: "an address", file: "a file's path",
+            folders: f"paths with {os.pathsep} between", reach: "off, public or local"}
+
+
 @dataclass(frozen=True)
 class Setting:
-    """A flag `--name-with-dashes` and an environment variable TINYCHAT_NAME.
+    """A flag `--name-with-dashes`, an environment variable TINYCHAT_NAME, a key of the file.
 
-    kind: reads the text of either, or raises ValueError; its name says what was expected.
+    kind: reads the text of each, or raises ValueError. takes: whose argument the value becomes, and
+    its name there; empty: the command's own.
     """
 
     name: str
     kind: Callable[[str], object]
     default: object
     help: str
+    takes: str = ""
     commands: tuple[str, ...] = ("serve",)
     aliases: tuple[str, ...] = ()
 
@@ -59,16 +92,24 @@ class Setting:
     def variable(self) -> str:
         return f"TINYCHAT_{self.name.upper()}"
 
-    def value(self, given):
-        """The flag's value, else the environment's, else the default. Raises: TinychatError."""
-        text = os.environ.get(self.variable)
-        if given is not None or not text:
-            return self.default if given is None else given
+    def value(self, given, config: Mapping = {}) -> tuple[object, str]:
+        """The flag's value, else the environment's, the file's, or the default; and whence.
+
+        Raises: TinychatError.
+        """
+        if given is not None:
+            return given, "flag"
+        if text := os.environ.get(self.variable):
+            return self._read(self.variable, text), self.variable
+        if self.name in config:
+            return self._read(f"{self.name} in the settings file", _text(config[self.name])), "file"
+        return self.default, "default"
+
+    def _read(self, where: str, text: str):
         try:
             return self.kind(text)
         except ValueError:
-            raise TinychatError(
-                f"{self.variable}: expected a {self.kind.__name__}, got {text!r}") from None
+            raise TinychatError(f"{where}: expected {EXPECTED[self.kind]}, got {text!r}") from None
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         flag = "--" + self.name.replace("_", "-")
@@ -77,33 +118,132 @@ class Setting:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None,
                                 help=note)
         else:
-            note = self.help + ("" if self.default is None else f" (default: {self.default})")
+            known = self.default is not None and self.default != ()
+            note = self.help + (f" (default: {self.default})" if known else "")
             parser.add_argument(flag, *self.aliases, type=self.kind, help=note,
                                 metavar=self.kind.__name__.upper())
 
 
 SETTINGS = (
-    Setting("host", address, "127.0.0.1", "where to listen"),
-    Setting("port", port, 1234, "0 takes a free one"),
+    Setting("host", address, "127.0.0.1", "where to listen", "server.host"),
+    Setting("port", port, 1234, "0 takes a free one", "server.port"),
+    Setting("require_auth", switch, False, "only with a token of `tinychat token create`",
+            "server.require_auth"),
+    Setting("cors", switch, False, "let web pages of any origin in", "server.cors"),
+    Setting("ephemeral_mcp", reach, None, "MCP servers that requests bring along: off, at public "
+            "addresses, or local ones too (default: local on a loopback address, else off)",
+            "server.ephemeral_mcp"),
+    Setting("allow_mcp_json", switch, False, "requests may use the servers of mcp.json; needs "
+            "--require-auth", "server.allow_mcp_json"),
+    Setting("models_folders", folders, (), "more folders, or files, with models", "library.extra",
+            ("serve", "chat", "list")),
     Setting("default_context_length", count, 4096,
-            "tokens of a chat, never above the model's own limit", ("serve", "chat"),
-            ("--context-length",)),
-    Setting("parallel", count, 4, "requests that generate at once, per model"),
-    Setting("queue_limit", count, 64, "requests that may wait, per model"),
-    Setting("jit", switch, True, "load models when they are first asked for"),
+            "tokens of a chat, never above the model's own limit", "library.default_context_length",
+            ("serve", "chat"), ("--context-length",)),
+    Setting("parallel", count, 4, "requests that generate at once, per model", "library.parallel"),
+    Setting("queue_limit", count, 64, "requests that may wait, per model", "library.queue_limit"),
+    Setting("jit", switch, True, "load models when they are first asked for", "library.jit"),
+    Setting("auto_evict", switch, True, "loading on demand first unloads what was loaded on demand",
+            "library.auto_evict"),
+    Setting("default_ttl_seconds", seconds, 3600.0, "idle time after which a model that was loaded "
+            "on demand is unloaded; 0: never", "library.default_ttl_seconds"),
     Setting("threads", count, None, "threads that compute; left out: the cores of this process",
-            ("serve", "chat", "bench")),
-    Setting("cors", switch, False, "let web pages of any origin in"),
-    Setting("max_body_bytes", count, 67_108_864, "largest request body"),
+            "library.threads", ("serve", "chat", "bench")),
+    Setting("store", file, None, "where chats are kept; :memory: forgets them at the end; left out: "
+            "a file in the data folder", "store.path"),
+    Setting("max_stored_responses", count, 10_000, "the oldest go first", "store.max_responses"),
+    Setting("max_body_bytes", count, 67_108_864, "largest request body", "server.max_body_bytes"),
+    Setting("max_connections", count, 512, "open at once; more are refused",
+            "server.max_connections"),
+    Setting("idle_timeout_seconds", seconds, 75.0, "how long a connection may be silent between "
+            "two requests", "server.idle_timeout_s"),
     Setting("sse_keepalive_seconds", seconds, 15.0,
-            "silence in a stream before it gets a comment; 0: never"),
+            "silence in a stream before it gets a comment; 0: never",
+            "server.sse_keepalive_seconds"),
+    Setting("shutdown_seconds", seconds, 5.0, "how long running requests may take to finish when "
+            "the server stops", "server.shutdown_s"),
+    Setting("access_log", switch, True, "a line per request on standard error"),
 )
-LIBRARY_SETTINGS = {"default_context_length", "parallel", "queue_limit", "jit", "threads"}
 
 
-def settings_of(args: argparse.Namespace) -> tuple[dict, dict]:
-    """What the command line and the environment say: the library's settings, and the server's."""
-    found = {setting.name: setting.value(getattr(args, setting.name))
+@dataclass(frozen=True)
+class Decided:
+    """Every setting of a command with its value, and whence that came."""
+
+    values: dict[str, object]
+    origins: dict[str, str]
+
+    def of(self, room: str) -> dict[str, object]:
+        """The keyword arguments of "library", "server" or "store"."""
+        rooms = {setting.name: setting.takes.partition(".") for setting in SETTINGS}
+        return {rooms[name][2]: value for name, value in self.values.items()
+                if rooms[name][0] == room}
+
+    def toml(self, **defaults) -> str:
+        """As a settings file, which says the same when it is read.
+
+        defaults: what is meant where nothing was said, and the table of settings does not know it.
+        """
+        return "".join(_line(name, defaults.get(name) if value is None else value,
+                             self.origins[name]) for name, value in self.values.items())
+
+
+def decide(args: argparse.Namespace) -> Decided:
+    """What command line, environment and settings file say. Raises: TinychatError."""
+    config = read_config(getattr(args, "config", None))
+    found = {setting.name: setting.value(getattr(args, setting.name), config)
              for setting in SETTINGS if hasattr(args, setting.name)}
-    ours = {name: found.pop(name) for name in LIBRARY_SETTINGS & found.keys()}
-    return ours, found
+    return Decided({name: value for name, (value, _) in found.items()},
+                   {name: origin for name, (_, origin) in found.items()})
+
+
+def read_config(given: str | None) -> dict:
+    """The settings file: the one given, that of TINYCHAT_CONFIG, or config.toml in the data folder
+    if there is one. Raises: TinychatError."""
+    from tinychat.library import data_folder
+    named = given or os.environ.get(CONFIG_VARIABLE)
+    path = Path(named).expanduser() if named else data_folder() / CONFIG_NAME
+    if not named and not path.is_file():
+        return {}
+    try:
+        with open(path, "rb") as opened:
+            config = tomllib.loads(opened.read(MAX_CONFIG_BYTES).decode())
+    except OSError as error:
+        raise TinychatError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise TinychatError(f"{path}: no settings file: {error}") from error
+    names = [setting.name for setting in SETTINGS]
+    for name in config:
+        if name not in names:
+            raise TinychatError(f"{path}: no setting is called {name[:60]!r}; there are "
+                                + ", ".join(names))
+    return config
+
+
+def _text(value) -> str:
+    """A value of the file as the environment would have it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return os.pathsep.join(value)
+    return str(value)
+
+
+def _line(name: str, value, origin: str) -> str:
+    if value is None:
+        return f"# {name} is left out\n"
+    if isinstance(value, bool):
+        text = "true" if value else "false"
+    elif isinstance(value, (int, float)):
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+    elif isinstance(value, tuple):
+        text = "[" + ", ".join(map(_quoted, value)) + "]"
+    else:
+        text = _quoted(value)
+    return f"{name} = {text}  # {origin}\n"
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string: JSON's escapes are among its own."""
+    import json
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -4,7 +4,7 @@ from contextlib import closing
 from pathlib import Path
 
 from tinychat.cli.commands import fetched, load_shown
-from tinychat.cli.settings import settings_of
+from tinychat.cli.settings import decide
 from tinychat.cli.terminal import one_line, printable, say
 from tinychat.errors import ModelNotFound, TinychatError
 
@@ -20,8 +20,7 @@ def chat(args) -> int:
     from tinychat.library import Library
     from tinychat.store import Store
 
-    ours, _ = settings_of(args)
-    with Library(**ours, parallel=1) as library, closing(Store()) as store:
+    with Library(**decide(args).of("library"), parallel=1) as library, closing(Store()) as store:
         name, text = model_and_text(library, args.words)
         if not text and not sys.stdin.isatty():
             text = sys.stdin.read()

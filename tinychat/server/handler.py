@@ -1,24 +1,20 @@
-"""The routes and the answers: the only file that knows status codes.
-
-`Handler` reads requests from one connection and answers each; `server/listener.py` makes one per
-client, on a thread of its own. http.server parses the heads, `server/http_io.py` keeps the limits.
-"""
-import io
+"""The routes and the answers: the only file that knows status codes."""
 import json
 import logging
-import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
 
-from tinychat import chat, sse
-from tinychat.contract import parse_chat_request, parse_json, wrong_type
-from tinychat.errors import InvalidRequest, NotImplementedYet, Overloaded, TinychatError
-from tinychat.server.http_io import (
-    BLANK, LAST_CHUNK, Body, Disconnected, Wire, body_length, check_request_line, chunk, joined,
-    malformed, path_of, read_fields, too_large)
+from tinychat import chat
+from tinychat.contract import (
+    parse_chat_request, parse_download_request, parse_json, parse_load_request,
+    parse_unload_request, wrong_type)
+from tinychat.errors import InvalidRequest, Overloaded, TinychatError
+from tinychat.server import auth
+from tinychat.server.connection import Connection
+from tinychat.server.http_io import joined
+from tinychat.server.metrics import CONTENT_TYPE as METRICS_TYPE
 from tinychat.server.origin import is_foreign, is_loopback
 
 log = logging.getLogger(__name__)
@@ -50,108 +46,45 @@ class MethodNotAllowed(InvalidRequest):
         self.allow = allow
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One client's connection: requests in, answers out, until either side is done.
+class Handler(Connection):
+    """The API's side of a connection; the contract's order of checks is section 3."""
 
-    `server` is listener.py's Server.
-    """
-
-    protocol_version = default_request_version = "HTTP/1.1"
+    token: auth.Token | None = None  # of a request that had to have one
 
     def setup(self):
-        self.connection = self.request
-        self.settings = self.server.settings
-        self.wfile = Wire(self.request, write_timeout_s=self.settings.write_timeout_s)
-        self.rfile = io.BufferedReader(self.wfile)
+        super().setup()
+        self.common_headers = (CORS_ALL,) if self.settings.cors else ()
 
-    def handle(self):
-        try:
-            super().handle()
-            self.wfile.linger()
-        except Disconnected:
-            pass
-
-    def handle_one_request(self):
-        """Waits for a request and answers it; `close_connection` says whether it was the last."""
-        self.close_connection = True
-        self.started = False            # the head of the answer is out
-        self.body: Body | None = None   # none as long as the head is not understood
-        self.command = self.requestline = ""
-        self.request_version = self.default_request_version
-        self.server.set_busy(self.connection, False)
-        if self.server.closing:
-            return
-        self.wfile.allow(self.settings.idle_timeout_s)
-        self.rfile.peek(1)
-        self.server.set_busy(self.connection, True)
-        self.wfile.allow(self.settings.head_timeout_s, self.settings.read_timeout_s)
-        try:
-            super().handle_one_request()
-        except Disconnected:
-            raise
-        except Exception as error:
-            self._fail(error)
-
-    def parse_request(self) -> bool:
-        """The base class's, fed with lines that leave it no choice."""
-        if self.raw_requestline in BLANK:  # a client may end a body with one line end too many
-            self.raw_requestline = self.rfile.readline(65537)
-        check_request_line(self.raw_requestline)
-        self.go_ahead = None
-        rfile, self.rfile = self.rfile, io.BytesIO(read_fields(self.rfile))
-        try:
-            super().parse_request()
-        finally:
-            self.rfile = rfile
-        if re.search(r"\bclose\b", joined(self.headers, "connection"), re.IGNORECASE):
-            self.close_connection = True
-        self.path = path_of(self.path)
-        self.body = Body(self.rfile, body_length(self.headers, self.request_version),
-                         limits_s=(self.settings.body_timeout_s, self.settings.read_timeout_s),
-                         go_ahead=self.go_ahead)
-        return True
-
-    def handle_expect_100(self) -> bool:
-        self.go_ahead = super().handle_expect_100  # later, if the body is wanted at all
-        return True
-
-    def send_error(self, code: int, message=None, explain=None):
-        """The base class's complaints in the contract's words; nothing is sent here."""
-        if code == HTTPStatus.NOT_IMPLEMENTED:  # there is no do_ for this method
-            self._answer()
-        elif code in (HTTPStatus.REQUEST_URI_TOO_LONG, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE):
-            raise too_large("a line of the request's head is too long, or it has too many headers")
-        else:
-            raise malformed("the request's head cannot be understood", "request")
-
-    def _answer(self):
-        try:
-            self._dispatch()
-        except Disconnected:
-            raise
-        except Exception as error:
-            self._fail(error)
-
-    do_GET = do_POST = do_OPTIONS = _answer
-
-    def _fail(self, error: Exception):
-        if not isinstance(error, TinychatError) or self.started:
-            log.error("a request failed", exc_info=error)
-            error = TinychatError("an internal error; the server's log has it")
-        if self.started:
-            self.close_connection = True
-        else:
-            self._send_refusal(error)
-
-    def _dispatch(self):
+    def answer(self):
         if self.command == "OPTIONS" and self.settings.cors:
-            self._start(204, CORS_PREFLIGHT)
+            self.send_head(204, CORS_PREFLIGHT)
             return
         self._check_origin()
-        method, answer = _route(self.path)
-        if self.command != method:
-            raise MethodNotAllowed(f"{method}, OPTIONS" if self.settings.cors else method)
-        answer(self)
+        self.token = None
+        if self.settings.require_auth and self.path.startswith(API):
+            self.token = self.server.tokens.check(joined(self.headers, "authorization"))
+            self.who = self.token.name
+        route = _route(self.path)
+        if self.command != route.method:
+            raise MethodNotAllowed(f"{route.method}, OPTIONS" if self.settings.cors
+                                   else route.method)
+        if route.permission and self.token:
+            self.token.need(route.permission)
+        route.answer(self)
+
+    def fail(self, error: Exception):
+        if not isinstance(error, TinychatError):
+            log.error("a request failed", exc_info=error)
+            error = TinychatError("an internal error; the server's log has it")
+        status = STATUS.get(error.code, 500)
+        headers = []
+        if status == 401:
+            headers.append(("WWW-Authenticate", "Bearer"))
+        if isinstance(error, MethodNotAllowed):
+            headers.append(("Allow", error.allow))
+        if status == 503:
+            headers.append(("Retry-After", str(RETRY_AFTER_S)))
+        self.send_json(status, {"error": error.to_json()}, headers)
 
     def _check_origin(self):
         """Keeps web pages of other sites away from a server that only this machine can reach."""
@@ -159,36 +92,6 @@ class Handler(BaseHTTPRequestHandler):
                 and is_foreign(joined(self.headers, "origin"))):
             raise InvalidRequest("web pages of other sites may not use this server; the setting"
                                  " `cors` allows it", code="permission_denied")
-
-    # -- endpoints
-
-    def _chat(self):
-        asked = parse_chat_request(self._json())
-        settings = chat.ChatSettings(heartbeat_s=self.settings.heartbeat_s)
-        with closing(chat.run(self.server.library, self.server.store, asked, settings)) as events:
-            if asked.stream:
-                self._stream(self._watched(events))
-            else:
-                self._send_json(200, chat.fold(self._watched(events)))
-
-    def _models(self):
-        models = []
-        for entry in self.server.library.list():
-            loaded = self.server.library.loaded(entry.key)
-            models.append(entry.to_json([loaded.to_json()] if loaded else []))
-        self._send_json(200, {"models": models})
-
-    def _post_later(self):
-        self._json()
-        raise NotImplementedYet("this build cannot do that yet")
-
-    def _job_status(self):
-        if self.path == JOB_STATUS:
-            raise InvalidRequest("the path needs the id of a download",
-                                 code="missing_required_parameter", param="job_id")
-        raise NotImplementedYet("this build cannot download over HTTP yet")
-
-    # -- reading
 
     def _json(self) -> dict:
         """The body as a JSON object, after the checks of its type and size."""
@@ -201,96 +104,98 @@ class Handler(BaseHTTPRequestHandler):
             raise wrong_type("", "an object", value)
         return value
 
-    def _watched(self, events: Iterator[dict | None]) -> Iterator[dict | None]:
-        """The same events, for as long as the client is there to hear of them."""
-        for event in events:
-            if self.wfile.gone():
-                raise Disconnected("the client went away")
-            yield event
+    # -- endpoints
 
-    # -- answering
-
-    def _send_json(self, status: int, value: dict, headers=()):
-        data = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        self._start(status, (("Content-Type", "application/json; charset=utf-8"),
-                             ("Content-Length", str(len(data))), *headers))
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def _send_refusal(self, error: TinychatError):
-        status = STATUS.get(error.code, 500)
-        headers = []
-        if isinstance(error, MethodNotAllowed):
-            headers.append(("Allow", error.allow))
-        if status == 503:
-            headers.append(("Retry-After", str(RETRY_AFTER_S)))
-        self._send_json(status, {"error": error.to_json()}, headers)
-
-    def _stream(self, events: Iterator[dict | None]):
-        """The events as they come, each in a write of its own; ends with the last one."""
-        chunked = self.request_version >= "HTTP/1.1"
-        frame = chunk if chunked else bytes
-        first = next(event for event in events if event is not None)
-        self._start(200, (("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"),
-                          *([("Transfer-Encoding", "chunked")] if chunked else [])), sized=chunked)
-        self.wfile.write(frame(sse.encode(first)))
-        spoken = time.monotonic()
-        for event in events:
-            if event is not None:
-                self.wfile.write(frame(sse.encode(event)))
-            elif self._silent_since(spoken):
-                self.wfile.write(frame(sse.KEEP_ALIVE))
+    def _chat(self):
+        asked = parse_chat_request(self._json())
+        doors = chat.ChatSettings(
+            heartbeat_s=self.settings.heartbeat_s, stopping=lambda: self.server.stopping,
+            refusal=partial(auth.refusal, self.settings, self.token))
+        with closing(chat.run(self.server.library, self.server.store, asked, doors)) as events:
+            if asked.stream:
+                self.send_stream(self.watched(events))
             else:
-                continue
-            spoken = time.monotonic()
-        if chunked:
-            self.wfile.write(LAST_CHUNK)
+                self.send_json(200, chat.fold(self.watched(events)))
 
-    def _silent_since(self, spoken: float) -> bool:
-        limit = self.settings.sse_keepalive_seconds
-        return limit > 0 and time.monotonic() - spoken >= limit
+    def _models(self):
+        models = []
+        for entry in self.server.library.list():
+            instance = self.server.library.instance(entry.key)
+            models.append(entry.to_json([instance.to_json()] if instance else []))
+        self.send_json(200, {"models": models})
 
-    def _start(self, status: int, headers, *, sized: bool = True):
-        """Sends the head; decides whether the connection goes on.
+    def _load(self):
+        asked = parse_load_request(self._json())
+        waited: list[float] = []  # nothing is heard of a load that was not needed
+        model = self.server.library.load(
+            asked.model, context_length=asked.context_length,
+            eval_batch_size=asked.eval_batch_size, ttl=asked.ttl, progress=waited.append)
+        body = {"type": model.entry.type, "instance_id": model.entry.key,
+                "load_time_seconds": model.load_time_seconds if waited else 0.0,
+                "status": "loaded"}
+        if asked.echo_load_config:
+            body["load_config"] = model.load_config()
+        self.send_json(200, body)
 
-        sized: the client can tell where the body ends; otherwise only closing tells.
-        """
-        if self.body:
-            self.body.discard()
-        keep = (sized and self.body is not None and self.body.consumed
-                and not self.close_connection and not self.server.closing)
-        self.started = True
-        self.send_response(status)
-        for name, value in (*headers, *([CORS_ALL] if self.settings.cors else []),
-                            ("Connection", "keep-alive" if keep else "close")):
-            self.send_header(name, value)  # the last one sets close_connection
-        self.end_headers()
+    def _unload(self):
+        name = parse_unload_request(self._json())
+        self.send_json(200, {"instance_id": self.server.library.unload(name)})
 
-    def send_header(self, keyword: str, value: str):
-        """Nothing from outside gets into a header; that no line ends early is checked."""
-        if {"\r", "\n"} & {*keyword, *value}:
-            raise ValueError("a header with a line end")
-        super().send_header(keyword, value)
+    def _download(self):
+        asked = parse_download_request(self._json())
+        job = self.server.library.download(asked.model, asked.quantization)
+        self.send_json(200, job.answer() if job else {"status": "already_downloaded"})
 
-    def version_string(self) -> str:
-        return "tinychat"
+    def _job_status(self):
+        if self.path == JOB_STATUS:
+            raise InvalidRequest("the path needs the id of a download",
+                                 code="missing_required_parameter", param="job_id")
+        job_id = self.path.rpartition("/")[2]
+        self.send_json(200, self.server.library.download_job(job_id).status())
 
-    def log_message(self, format: str, *args):
-        log.debug(format, *args)
+    def _health(self):
+        self.send_json(200, {"status": "ok"})
+
+    def _metrics(self):
+        self.send_bytes(200, METRICS_TYPE, self.server.metrics.text(
+            self.server.library, self.server.n_connections).encode())
 
 
-CHAT = "/api/v1/chat"
-MODELS = "/api/v1/models"
+class Route:
+    """permission: what a token must allow, apart from being valid."""
+
+    def __init__(self, method: str, answer: Callable[[Handler], None],
+                 permission: str | None = None):
+        self.method, self.answer, self.permission = method, answer, permission
+
+
+API = "/api/"
 JOB_STATUS = "/api/v1/models/download/status"
 
-ROUTES: dict[str, tuple[str, Callable[[Handler], None]]] = {
-    CHAT: ("POST", Handler._chat),
-    MODELS: ("GET", Handler._models),
-    f"{MODELS}/load": ("POST", Handler._post_later),
-    f"{MODELS}/unload": ("POST", Handler._post_later),
-    f"{MODELS}/download": ("POST", Handler._post_later),
-    JOB_STATUS: ("GET", Handler._job_status),
+ROUTES = {
+    "/api/v1/chat": Route("POST", Handler._chat, "chat"),
+    "/api/v1/models": Route("GET", Handler._models),
+    "/api/v1/models/load": Route("POST", Handler._load, "models"),
+    "/api/v1/models/unload": Route("POST", Handler._unload, "models"),
+    "/api/v1/models/download": Route("POST", Handler._download, "models"),
+    JOB_STATUS: Route("GET", Handler._job_status),
+    "/healthz": Route("GET", Handler._health),
+    "/metrics": Route("GET", Handler._metrics),
 }
+
+
+def route_of(path: str) -> str:
+    """The route's own path, "other" where there is none: few values, whatever clients ask for."""
+    parent, _, last = path.rpartition("/")
+    path = parent if parent == JOB_STATUS and last else path
+    return path if path in ROUTES else "other"
+
+
+def _route(path: str) -> Route:
+    try:
+        return ROUTES[route_of(path)]
+    except KeyError:
+        raise InvalidRequest("there is nothing at this path", code="unknown_endpoint") from None
 
 
 def refusal() -> bytes:
@@ -300,12 +205,3 @@ def refusal() -> bytes:
              "Content-Type: application/json; charset=utf-8", f"Content-Length: {len(data)}",
              f"Retry-After: {RETRY_AFTER_S}", "", ""]
     return "\r\n".join(lines).encode() + data
-
-
-def _route(path: str) -> tuple[str, Callable[[Handler], None]]:
-    parent, _, last = path.rpartition("/")
-    if parent == JOB_STATUS and last:
-        path = parent
-    if path not in ROUTES:
-        raise InvalidRequest("there is nothing at this path", code="unknown_endpoint")
-    return ROUTES[path]

@@ -50,6 +50,7 @@ class Wire(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, *, write_timeout_s: float):
         self.sock = sock
+        self.n_written = 0  # bytes
         self._write_timeout_s = write_timeout_s
         self._deadline = self._silence_s = 0.0
         with suppress(OSError):  # no TCP, or gone already
@@ -85,6 +86,7 @@ class Wire(io.RawIOBase):
             self.sock.sendall(data)
         except OSError as error:
             raise Disconnected(str(error)) from None
+        self.n_written += len(data)
         return len(data)
 
     def gone(self) -> bool:

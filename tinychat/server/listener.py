@@ -4,27 +4,38 @@ import os
 import socket
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from socketserver import TCPServer
 
 from tinychat.errors import TinychatError
 from tinychat.library import Library
-from tinychat.server.handler import Handler, refusal
+from tinychat.server.auth import TOKENS_NAME, Tokens
+from tinychat.server.handler import Handler, refusal, route_of
+from tinychat.server.metrics import Metrics
+from tinychat.server.origin import is_loopback
 from tinychat.store import Store
 
 log = logging.getLogger(__name__)
 
 ACCEPT_RETRY_S = 0.1  # after accept failed, for want of file descriptors say
+ERROR_EVENT_S = 2.0   # for requests that are cut off by the server's end to say so
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """The contract's settings, and the bounds of a connection in seconds."""
+    """The contract's settings, and the bounds of a connection in seconds.
+
+    ephemeral_mcp: off, public or local; None for local on a loopback address, else off.
+    """
 
     host: str = "127.0.0.1"
     port: int = 1234
     cors: bool = False
+    require_auth: bool = False
+    ephemeral_mcp: str | None = None
+    allow_mcp_json: bool = False
     max_body_bytes: int = 67_108_864
     sse_keepalive_seconds: float = 15.0   # 0: no comments
     max_connections: int = 512
@@ -41,9 +52,19 @@ def make_server(library: Library, store: Store, *, host: str = "127.0.0.1", port
                 **settings) -> "Server":
     """A server that listens already; `settings` are the fields of ServerSettings.
 
-    Raises: TinychatError when the address cannot be had.
+    Raises: TinychatError when the address cannot be had, or settings contradict each other.
     """
-    return Server(library, store, ServerSettings(host=host, port=port, **settings))
+    return Server(library, store, check_settings(host=host, port=port, **settings))
+
+
+def check_settings(**settings) -> ServerSettings:
+    """The fields with every value decided. Raises: TinychatError for a contradiction."""
+    settings = ServerSettings(**settings)
+    if settings.allow_mcp_json and not settings.require_auth:
+        raise TinychatError("allow_mcp_json needs require_auth: without auth, whoever reaches the "
+                            "server could run the servers of mcp.json")
+    default = "local" if is_loopback(settings.host) else "off"
+    return replace(settings, ephemeral_mcp=settings.ephemeral_mcp or default)
 
 
 class Server(ThreadingHTTPServer):
@@ -57,7 +78,9 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, library: Library, store: Store, settings: ServerSettings):
         self.library, self.store, self.settings = library, store, settings
-        self._closing = threading.Event()
+        self.metrics = Metrics(route_of)
+        self.tokens = Tokens(Path(library.home) / TOKENS_NAME) if settings.require_auth else None
+        self._closing, self._stopping = threading.Event(), threading.Event()
         self._serving = False
         self._changed = threading.Condition()
         self._connections: dict[socket.socket, bool] = {}  # and whether a request is under way
@@ -88,6 +111,15 @@ class Server(ThreadingHTTPServer):
     @property
     def closing(self) -> bool:
         return self._closing.is_set()
+
+    @property
+    def stopping(self) -> bool:
+        """Is the time over that running requests had to finish?"""
+        return self._stopping.is_set()
+
+    @property
+    def n_connections(self) -> int:
+        return len(self._connections)
 
     # -- serving
 
@@ -150,8 +182,9 @@ class Server(ThreadingHTTPServer):
     # -- closing
 
     def close(self):
-        """Stops: idle connections at once, busy ones when their request is done or after
-        `shutdown_s`. Bounded, and may be called again; from any thread, but not by a signal
+        """Stops: idle connections at once, busy ones when their request is done. After
+        `shutdown_s` the chats that still run get their error event, and a moment later what is
+        left is cut off. Bounded, and may be called again; from any thread, but not by a signal
         handler of the one that is in `serve_forever`."""
         with self._changed:
             if self.closing:
@@ -164,18 +197,25 @@ class Server(ThreadingHTTPServer):
             self.shutdown()
         self.server_close()
         self._hang_up(only_idle=True)
+        self._wait_for_connections(self.settings.shutdown_s)
+        self._stopping.set()
+        self._wait_for_connections(ERROR_EVENT_S)
         self._hang_up(only_idle=False)
+        self._wait_for_connections(ERROR_EVENT_S)
         if self._thread is not None:
             self._thread.join(self.settings.shutdown_s)
 
     def _hang_up(self, *, only_idle: bool):
-        """Ends reads and writes under way; waits for connections to end."""
+        """Ends reads and writes under way."""
         with self._changed:
             for sock, busy in self._connections.items():
                 if not (only_idle and busy):
                     with suppress(OSError):  # it is closed already
                         sock.shutdown(socket.SHUT_RDWR)
-            self._changed.wait_for(lambda: not self._connections, self.settings.shutdown_s)
+
+    def _wait_for_connections(self, seconds: float):
+        with self._changed:
+            self._changed.wait_for(lambda: not self._connections, seconds)
 
     def __exit__(self, *_):
         self.close()
