@@ -1,5 +1,6 @@
 """Models on disk and in memory: names, lists, shared loads, memory."""
 import json
+import os
 import sys
 import threading
 
@@ -120,6 +121,24 @@ def test_towers_later_parts_and_hidden_files_are_no_models(shelves, tmp_path):
     write_model(tmp_path / "models" / "vocabulary.gguf", tensors=False)
     (entry,) = shelves().list()
     assert entry.path == folder / "model.gguf"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes odd files")
+def test_odd_files_and_names_spoil_no_list(shelves, tmp_path):
+    """Pipes, devices, loops of links, and names that are no text."""
+    models = tmp_path / "models"
+    (models / "pub" / "dir.gguf").mkdir(parents=True)
+    os.mkfifo(models / "pipe.gguf")
+    for name, target in (("broken", "/nonexistent"), ("zero", "/dev/zero"), ("loop", models)):
+        os.symlink(target, models / f"{name}.gguf")
+    os.symlink(models / "pub", models / "pub" / "self")
+    data = golden("qwen2-a").read_bytes()
+    with open(os.fsencode(models) + b"/not\xff\nutf8.gguf", "wb") as file:
+        file.write(data)
+    (entry,) = shelves().list()
+    assert entry.key == "not\ufffd\ufffdutf8"
+    assert check_models({"models": [json.loads(json.dumps(entry.to_json()).encode())]}) == []
+    assert shelves().load(entry.key).entry.key == entry.key
 
 
 def test_the_list_passes_the_contract_loaded_or_not(shelves, tmp_path):

@@ -16,6 +16,7 @@ else:
 
 CONFIG_NAME, CONFIG_VARIABLE = "config.toml", "TINYCHAT_CONFIG"
 MAX_CONFIG_BYTES = 1 << 20
+MAX_SECONDS = 4_000_000  # 46 days; some systems cannot wait for 50
 
 
 def count(text: str) -> int:
@@ -28,7 +29,7 @@ def port(text: str) -> int:
 
 def seconds(text: str) -> float:
     number = float(text)
-    if not 0 <= number < float("inf"):
+    if not 0 <= number <= MAX_SECONDS:
         raise ValueError
     return number
 
@@ -67,7 +68,7 @@ def _integer(text: str, low: int, high: int) -> int:
     return number
 
 
-EXPECTED = {count: "a count of at least 1", port: "a port", seconds: "a number of seconds",
+EXPECTED = {count: "a count of at least 1", port: "a port", seconds: f"a number of seconds up to {MAX_SECONDS}",
             switch: "on or off", address: "an address", file: "a file's path",
             folders: f"paths with {os.pathsep} between", reach: "off, public or local"}
 

@@ -97,7 +97,7 @@ def describe(path: Path, key: str, publisher: str, mmproj: Path | None = None) -
         embedding = f"{architecture}.pooling_type" in metadata
         return ModelEntry(
             key=key, publisher=publisher or _text(metadata, "general.organization") or "",
-            display_name=_text(metadata, "general.name") or PART.sub("", path.stem),
+            display_name=_text(metadata, "general.name") or PART.sub("", legible(path.stem)),
             architecture=architecture, quantization=quantization(file),
             size_bytes=sum(one.stat().st_size for one in files),
             params_string=params_string(file),
@@ -203,14 +203,19 @@ def quantization_in(name: str) -> str | None:
     return found[-1].replace("FP16", "F16").replace("FP32", "F32") if found else None
 
 
+def legible(name: str) -> str:
+    """A file's name as text: what is not UTF-8, or steers a terminal, becomes U+FFFD."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", name)
+
+
 def key_of_stem(stem: str) -> str:
     """`SmolLM2-135M-Instruct.Q4_1` -> `smollm2-135m-instruct`."""
-    return QUANT_SUFFIX.sub("", PART.sub("", stem)).lower()
+    return legible(QUANT_SUFFIX.sub("", PART.sub("", stem)).lower())
 
 
 def key_of_folder(name: str) -> str:
     """`Qwen3-4B-GGUF` -> `qwen3-4b`."""
-    return re.sub(r"-gguf$", "", name.lower())
+    return legible(re.sub(r"-gguf$", "", name.lower()))
 
 
 def preferred(entries: list[ModelEntry]) -> ModelEntry:

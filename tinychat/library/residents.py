@@ -338,7 +338,8 @@ class Residents:
                 for model in expired:
                     self._leaving[model.entry.key] = self._ready.pop(model.entry.key)
                 if not expired:
-                    self._changed.wait(min(ends.values()) - now if ends else None)
+                    self._changed.wait(min(min(ends.values()) - now, threading.TIMEOUT_MAX)
+                                       if ends else None)
             for model in expired:
                 log.info("%s: unloaded after %g s without a request", model.entry.key, model.ttl_s)
                 self._end(model, Overloaded("the model was idle"))

@@ -265,7 +265,7 @@ def _model_files(root: Path, seen: set[str]) -> Iterator[tuple[Path, Path | None
         own = len(inside) == SCAN_DEPTH - 1  # a model's own folder: its files are variants
         for path, stem in zip(found, stems):
             tower = entries.tower_beside(path, towers, alone=own or len(set(stems)) == 1)
-            yield (path, tower, inside[0] if inside else "",
+            yield (path, tower, entries.legible(inside[0]) if inside else "",
                    entries.key_of_folder(inside[-1]) if own else stem)
 
 
@@ -296,5 +296,5 @@ def _variant_names(key: str, found: list[ModelEntry]) -> dict[str, ModelEntry]:
     """key@q4_k_m -> entry; the file's name stands in where two files have one quantization."""
     names = [entry.quantization.name for entry in found]
     clear = [name is not None and names.count(name) == 1 for name in names]
-    return {f"{key}@{(name if alone else entry.path.stem).lower()}": entry
+    return {f"{key}@{(name if alone else entries.legible(entry.path.stem)).lower()}": entry
             for name, alone, entry in zip(names, clear, found)}
