@@ -1,5 +1,6 @@
 """Load, unload, JIT, growth and the queue over HTTP, with a real (tiny) model behind."""
 import json
+import random
 import threading
 import time
 
@@ -348,3 +349,38 @@ def test_the_stream_of_a_failed_load_has_no_end_of_the_load(serve, monkeypatch):
     assert status == 200 and check_stream(data, request=body) == []
     names = [name for name, _ in parse_sse(data)[0] if name != "model_load.progress"]
     assert names == ["chat.start", "model_load.start", "error", "chat.end"]
+
+
+def test_racing_chats_loads_and_unloads_all_get_answers_and_leave_nothing_held(serve):
+    """C-134, C-141, C-142: whatever meets, each answer is one that the contract has for it."""
+    client, failures = serve(parallel=2), []
+
+    def work(seed):
+        draw = random.Random(seed)
+        try:
+            for _ in range(40):
+                model = draw.choice(["qwen", "llama"])
+                act = draw.randrange(6)
+                if act == 0:
+                    status, body = client.ask(UNLOAD, instance_id=model)
+                    assert status == 200 or body["error"]["code"] == "model_not_found", body
+                elif act == 1:
+                    client.load(model, context_length=draw.choice([64, 128, 256]))
+                elif act == 2:
+                    events = client.stream(model=model, max_output_tokens=3, ttl=1)
+                    errors = [data["error"]["code"] for name, data in events if name == "error"]
+                    assert set(errors) <= {"model_unloaded"}, errors
+                else:
+                    status, body = client.post({"model": model, "input": "hi", "max_output_tokens": 5,
+                                                "context_length": draw.choice([64, 300])})
+                    assert status == 200 or body["error"]["code"] == "model_unloaded", body
+        except BaseException as error:
+            failures.append(error)
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * WAIT_S)
+        assert not thread.is_alive()
+    assert failures == []
+    wait_until(lambda: all(model.n_users == 0 for model in client.library.instances()))

@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_made_fails_what_is_stored_and_nothing_else(capl
     (tmp_path / "file").write_text("no folder")
     path = tmp_path / "file" / "store.sqlite3"
     with closing(Store(path)) as store:
-        assert "tried again" in caplog.text
+        assert "every request tries again" in caplog.text
         server, client = client_of(store)
         with server:
             assert client.error() == (500, "internal_error", None)

@@ -113,8 +113,8 @@ class Store:
         self._closed = False
         try:
             self._use("be opened", lambda db: None)
-        except _Unusable as error:
-            log.warning("%s; it is tried again when it is needed", error)
+        except _Unusable:  # which has said why
+            log.warning("no chat can be kept for now; every request tries again")
 
     def save(self, history: Sequence[Turn], system_prompt: str | None, model: str,
              input: Sequence[TextItem | ImageItem], output: Sequence[dict]) -> str:

@@ -27,6 +27,10 @@ def port(text: str) -> int:
     return _integer(text, 0, 65535)
 
 
+def threads(text: str) -> int:
+    return _integer(text, 1, 1024)
+
+
 def seconds(text: str) -> float:
     number = float(text)
     if not 0 <= number <= MAX_SECONDS:
@@ -68,7 +72,7 @@ def _integer(text: str, low: int, high: int) -> int:
     return number
 
 
-EXPECTED = {count: "a count of at least 1", port: "a port", seconds: f"a number of seconds up to {MAX_SECONDS}",
+EXPECTED = {count: "a count of at least 1", port: "a port", threads: "1 to 1024 threads", seconds: f"a number of seconds up to {MAX_SECONDS}",
             switch: "on or off", address: "an address", file: "a file's path",
             folders: f"paths with {os.pathsep} between", reach: "off, public or local"}
 
@@ -148,7 +152,7 @@ SETTINGS = (
             "library.auto_evict"),
     Setting("default_ttl_seconds", seconds, 3600.0, "idle time after which a model that was loaded "
             "on demand is unloaded; 0: never", "library.default_ttl_seconds"),
-    Setting("threads", count, None, "threads that compute; left out: the cores of this process",
+    Setting("threads", threads, None, "threads that compute; left out: the cores of this process",
             "library.threads", ("serve", "chat", "bench")),
     Setting("store", file, None, "where chats are kept; :memory: forgets them at the end; left out: "
             "a file in the data folder", "store.path"),
