@@ -17,6 +17,7 @@ TESTS = Path(__file__).parent
 MODEL = TESTS / "golden" / "qwen2-a.gguf"
 KEY = "qwen2-a"
 WAIT_S = 30.0  # bound of every wait; a test that needs it has failed
+PROC = Path("/proc/self")  # other systems have none: there memory and descriptors count as 0
 
 
 def serve(home: str, library_options: dict, server_options: dict) -> None:
@@ -31,64 +32,94 @@ def serve(home: str, library_options: dict, server_options: dict) -> None:
         server.start()
         print(json.dumps({"port": server.port}), flush=True)
         for _ in sys.stdin:
-            stats = model.engine.stats
-            state = {"threads": threading.active_count(), "connections": server.n_connections,
-                     "fds": len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0,
-                     "rss": resident_bytes(), "running": stats.running, "waiting": stats.waiting,
-                     "held_pages": stats.n_pages - stats.free_pages, "users": model.n_users,
-                     "generated": stats.n_generated_tokens}
-            print(json.dumps(state), flush=True)
+            print(json.dumps(state_of(server, model)), flush=True)
 
 
-def resident_bytes() -> int:
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0  # another system
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def state_of(server, model) -> dict:
+    """`broken_pages`: what `check_pages` has against the KV cache, looked at while nothing runs."""
+    from helpers_engine import check_pages
+
+    stats, broken = model.engine.stats, ""
+    if not (stats.running or stats.waiting):
+        try:
+            check_pages(model.engine._stepper.cache, [])
+        except (AssertionError, RuntimeError) as error:  # or the engine has just begun again
+            broken = repr(error)
+    tasks, sizes = PROC / "task", PROC / "statm"
+    return {"threads": len(os.listdir(tasks)) if tasks.is_dir() else threading.active_count(),
+            "fds": len(os.listdir(PROC / "fd")) if tasks.is_dir() else 0,
+            "rss": int(sizes.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            if sizes.exists() else 0,
+            "connections": server.n_connections, "users": model.n_users,
+            "running": stats.running, "waiting": stats.waiting,
+            "held_pages": stats.n_pages - stats.free_pages, "broken_pages": broken,
+            "generated": stats.n_generated_tokens}
 
 
 class ServerProcess:
     """`port`, and `state()` of the process: threads, fds, rss, and what the engine holds."""
 
-    def __init__(self, home, *, library: dict | None = None, **server):
+    def __init__(self, home: Path, *, library: dict | None = None, **server):
+        self._errors = open(home / "stderr.txt", "w+")
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(home), json.dumps(library or {}), json.dumps(server)],
-            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             env={**os.environ, "PYTHONPATH": str(Path(tinychat.__file__).parents[1])})
-        self._watchdog = threading.Timer(600, self.process.kill)
-        self._watchdog.daemon = True
-        self._watchdog.start()
-        self.port: int = json.loads(self.process.stdout.readline())["port"]
+        try:
+            self.port: int = self._answer()["port"]
+        except BaseException:
+            self._end()
+            raise
 
     def state(self) -> dict:
         self.process.stdin.write("state\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        return self._answer()
 
-    def when_quiet(self, before: dict) -> dict:
-        """The state once nothing is left of the load; fails when something stays."""
-        kept = ("threads", "connections", "fds", "running", "waiting", "held_pages", "users")
+    def _answer(self) -> dict:
+        watchdog = threading.Timer(WAIT_S, self.process.kill)
+        watchdog.start()
+        try:
+            line = self.process.stdout.readline()
+        finally:
+            watchdog.cancel()
+        assert line, f"the server is gone: {self._said()}"
+        return json.loads(line)
+
+    def when_quiet(self, before: dict | None = None) -> dict:
+        """The state once nothing is left of the load: the engine holds nothing, and the process
+        no more threads and descriptors than before. Fails when something stays."""
+        none = dict.fromkeys(("connections", "running", "waiting", "held_pages", "users"), 0)
+        most = {**none, **{name: before[name] for name in ("threads", "fds") if before}}
         deadline = time.monotonic() + WAIT_S
         while True:
             now = self.state()
-            more = {name: (before[name], now[name]) for name in kept if now[name] > before[name]}
-            if not more:
+            more = {name: (most[name], now[name]) for name in most if now[name] > most[name]}
+            if not more and not now["broken_pages"]:
                 return now
-            assert time.monotonic() < deadline, f"(before, now): {more}"
+            assert time.monotonic() < deadline, f"(at most, now): {more} {now['broken_pages']}"
             threading.Event().wait(0.05)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc_info):
-        self.process.stdin.close()
+    def __exit__(self, kind, *_):
         try:
-            assert self.process.wait(WAIT_S) == 0
+            self.process.stdin.close()
+            ended = self.process.wait(WAIT_S)
+            assert kind or (ended == 0 and "Traceback" not in self._said()), self._said()
         finally:
-            self._watchdog.cancel()
-            self.process.kill()
-            self.process.stdout.close()
+            self._end()
+
+    def _said(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read()
+
+    def _end(self):
+        self.process.kill()
+        self.process.wait(WAIT_S)
+        for file in (self.process.stdin, self.process.stdout, self._errors):
+            file.close()
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def test_a_switched_off_integration_is_403_whatever_the_token(guarded):
 def test_mcp_json_without_auth_starts_no_server():
     """C-110."""
     with pytest.raises(TinychatError, match="auth"):
-        make_server(ScriptedLibrary(says("x")), Store(), port=0, allow_mcp_json=True)
+        make_server(ScriptedLibrary(says("x")), None, port=0, allow_mcp_json=True)
 
 
 @pytest.mark.parametrize("host, expected", [
