@@ -179,6 +179,32 @@ def test_a_file_that_may_only_be_read_is_a_clear_error(tmp_path):
 
 # ---- two processes
 
+OPEN = """
+import sys
+from tinychat.store import Store
+print("ready", flush=True)
+sys.stdin.readline()
+store = Store(sys.argv[1])
+assert store._db is not None
+store.close()
+"""
+
+
+def test_processes_that_open_a_new_file_at_once_all_can(tmp_path):
+    for n in range(4):
+        processes = [subprocess.Popen([sys.executable, "-c", OPEN, tmp_path / f"{n}.sqlite3"],
+                                      text=True, env=ENVIRONMENT, stdin=subprocess.PIPE,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                     for _ in range(4)]
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        said = [process.communicate(timeout=WAIT_S)[1] for process in processes]
+        assert said == [""] * 4
+
+
 HAMMER = """
 import sys
 from tinychat.contract import TextItem

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 ID_BYTES = 24               # 48 hex digits
 BUSY_TIMEOUT_S = 10.0       # how long a save waits for another process's save
+OPEN_AGAIN_S = 0.01
 IN_MEMORY = ":memory:"
 
 
@@ -190,7 +191,7 @@ class Store:
             Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
         try:
-            db.execute("PRAGMA journal_mode = WAL")
+            _become_wal(db)
             db.execute("PRAGMA synchronous = FULL")
             self._migrate(db)
         except BaseException:
@@ -214,6 +215,20 @@ class Store:
 
 class _Unusable(TinychatError):
     """No room, no rights, a lock that is held: things that may be better next time."""
+
+
+def _become_wal(db: sqlite3.Connection):
+    """Of processes that open a new file at once SQLite lets one pass and does not make the others
+    wait, whatever the timeout: they try again."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(OPEN_AGAIN_S)
 
 
 def _sync_folder(folder: Path):
