@@ -1,6 +1,6 @@
 """Fuzzing the API over HTTP: whatever is asked, the answer is one of the contract's, never a 500.
 
-TINYCHAT_TEST_FUZZ_BODIES: how many bodies in all, 20,000 if it is not set.
+TINYCHAT_TEST_FUZZ_BODIES: how many bodies in all, and others each time; else the same 20,000.
 """
 import http.client
 import json
@@ -22,19 +22,22 @@ from tinychat.library import Library
 from tinychat.server import make_server
 from tinychat.store import Store
 
-N_BODIES = int(os.environ.get("TINYCHAT_TEST_FUZZ_BODIES", "20000"))
+CHOSEN = os.environ.get("TINYCHAT_TEST_FUZZ_BODIES")
+N_BODIES = int(CHOSEN or 20_000)
 BATCH = 20  # bodies of one example
 CHAT, MODELS = "/api/v1/chat", "/api/v1/models"
 THINKER, EMBEDDER = "test/thinker", "test/embedder"
 STATUSES = {200, 400, 403, 404, 501}
 
-FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None,
+        "derandomize": CHOSEN is None}
 
 # ---- the contract's table once more, independently of the code: valid values, and wrong ones
 
 text = st.text(max_size=12)
 whole = st.integers(1, 2**40)
-no_string = st.integers() | st.booleans() | st.floats() | st.just([]) | st.just({})
+finite = st.floats(allow_nan=False, allow_infinity=False)  # the others are no JSON
+no_string = st.integers() | st.booleans() | finite | st.just([]) | st.just({})
 no_number = text | st.booleans() | st.just([]) | st.just({})
 no_boolean = text | st.integers(0, 1) | st.just([])
 fraction = st.floats(0.1, 0.9)
@@ -99,8 +102,7 @@ def wrong_bodies(draw):
 
 
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-    | text | st.sampled_from(["text", "image", "plugin", "ephemeral_mcp", "on", "resp_0", KEY, THINKER,
+    st.none() | st.booleans() | st.integers() | finite | text | st.sampled_from(["text", "image", "plugin", "ephemeral_mcp", "on", "resp_0", KEY, THINKER,
                               EMBEDDER, "data:image/png;base64,AA", "http://h", "mcp/x"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
         st.sampled_from(["type", "content", "data_url", "id", "server_label", "server_url", "headers",
@@ -201,7 +203,7 @@ MODEL_FIELDS = {
     "model": st.sampled_from(["qwen", "nope", "", "ibm/granite-4-micro", "https://huggingface.co/a/b",
                               "https://huggingface.co/a/b/c/../..", "https://h/x", "http://[", "../x"]) | text,
     "instance_id": st.sampled_from(["qwen", "nope", ""]) | text,
-    "context_length": st.integers(-2, 5000) | st.floats(allow_nan=False, allow_infinity=False),
+    "context_length": st.integers(-2, 5000) | finite,
     "eval_batch_size": st.integers(-1, 600), "num_experts": st.integers(-1, 9),
     "flash_attention": st.booleans(), "offload_kv_cache_to_gpu": st.booleans(),
     "echo_load_config": st.booleans(), "ttl": st.integers(-1, 9) | st.just(2**70),

@@ -29,8 +29,6 @@ def serve(args) -> None:
         print(settings.toml(ephemeral_mcp=decided.ephemeral_mcp,
                             store=str(data_folder() / STORE_NAME)), end="")
         return
-    if settings.values["access_log"]:
-        logging.getLogger("tinychat.access").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     with Library(**settings.of("library")) as library:
         keys = [fetched(library, name).key for name in args.models or [default_model()]]
@@ -40,6 +38,8 @@ def serve(args) -> None:
             with closing(make_server(library, store, **settings.of("server"))) as server:
                 loaded = [load_shown(library, key) for key in keys]
                 warn_of_openness(server)
+                if settings.values["access_log"]:
+                    logging.getLogger("tinychat.access").setLevel(logging.INFO)
                 serve_until_interrupted(server, loaded)
 
 
