@@ -255,8 +255,8 @@ class ScriptedLibrary:
     def counters(self):
         return {}
 
-    def expects(self, key):
-        return key in self.models
+    def expects(self, entry):
+        return entry.key in self.models
 
     def try_acquire(self, entry, *, context_length=None, ttl=None):
         with self.lock:

@@ -332,7 +332,7 @@ def test_a_failed_load_fails_for_all_and_may_be_tried_again(qwen, monkeypatch):
 def test_an_instance_grows_once_its_requests_are_done(qwen, monkeypatch):
     small = qwen.acquire("qwen", context_length=64)
     grown, planned = [], threading.Event()
-    monkeypatch.setattr(residents, "plan", lambda *args: planned.set())
+    monkeypatch.setattr(residents, "check", lambda *args: planned.set())
     thread = threading.Thread(target=lambda: grown.append(qwen.acquire("qwen", context_length=128)))
     thread.start()
     assert planned.wait(WAIT_S) and qwen.loaded("qwen") is None

@@ -223,6 +223,16 @@ def test_with_jit_off_only_loaded_models_chat(serve):
     assert client.chat(model="qwen", max_output_tokens=1)
 
 
+def test_with_jit_off_another_variant_than_the_loaded_one_is_not_loaded(serve, tmp_path):
+    """C-139."""
+    for quant in ("Q8_0", "Q4_0"):
+        put(tmp_path / "models" / "pub" / "Two" / f"two-{quant}.gguf", golden(f"llama3-a.{quant}"))
+    client = serve(jit=False)
+    client.load("two@q4_0")
+    assert client.error(model="two@q8_0") == (400, "model_not_loaded", "model")
+    assert client.chat(model="two@q4_0", max_output_tokens=1)
+
+
 def test_concurrent_first_requests_cause_one_load(serve, monkeypatch):
     """C-142, C-057, C-058, C-081."""
     client, loads, gate = serve(), [], threading.Event()

@@ -307,6 +307,115 @@ def test_what_cannot_fit_evicts_nothing_that_is_explicit(library, monkeypatch):
     assert in_memory(library) == {"mistr"}
 
 
+def test_a_load_that_would_fail_evicts_nothing(library, monkeypatch, tmp_path):
+    touch(library, "qwen")
+    write_model(tmp_path / "models" / "odd.gguf", arch="unheard-of")
+    with pytest.raises(TinychatError):
+        touch(library, "odd")
+    monkeypatch.setattr(loaded, "available_memory", lambda: -10**12)
+    with pytest.raises(ModelLoadError, match="available"):
+        touch(library, "llama")
+    assert in_memory(library) == {"qwen"}
+
+
+def test_a_growth_that_fails_is_no_concern_of_requests_that_fit(library, monkeypatch):
+    model = library.load("qwen")
+    asked, go_on = threading.Event(), threading.Event()
+
+    def refuse(*args):
+        asked.set()
+        go_on.wait(WAIT_S)
+        raise ModelLoadError("too large", param="model")
+    monkeypatch.setattr(residents, "check", refuse)
+    growing = started(held, library, "qwen", context_length=128)
+    assert asked.wait(WAIT_S)
+    touch(library, "qwen")
+    go_on.set()
+    assert isinstance(joined(*growing), ModelLoadError)
+    assert library.loaded("qwen") is model
+
+
+def test_a_load_too_large_for_one_is_tried_smaller_by_those_who_ask_for_less(library, monkeypatch):
+    original, begun, go_on = residents.open_model, threading.Event(), threading.Event()
+
+    def only_small(entry, n_ctx, settings, report):
+        if n_ctx > 64:
+            begun.set()
+            go_on.wait(WAIT_S)
+            raise ModelLoadError("too large", param="model")
+        return original(entry, n_ctx, settings, report)
+    monkeypatch.setattr(residents, "open_model", only_small)
+    large = started(held, library, "qwen", context_length=128)
+    assert begun.wait(WAIT_S)
+    heard = threading.Event()
+    small = started(held, library, "qwen", progress=lambda part: heard.set())
+    assert heard.wait(WAIT_S)
+    go_on.set()
+    assert isinstance(joined(*large), ModelLoadError)
+    model = joined(*small)
+    assert model.context_length == 64
+    library.release(model)
+
+
+def test_a_model_whose_file_is_gone_is_kept_when_it_cannot_grow(library, tmp_path):
+    model = library.load("qwen")
+    (tmp_path / "models" / "qwen.gguf").unlink()
+    with pytest.raises(TinychatError) as error:
+        touch(library, "qwen", context_length=128)
+    assert library.loaded("qwen") is model
+    assert str(tmp_path) not in error.value.message and "qwen.gguf" in error.value.message
+
+
+def test_without_a_thread_for_the_idle_ones_loads_work_all_the_same(library, monkeypatch):
+    start = threading.Thread.start
+
+    def refuse(self):
+        if self.name == "idle-models":
+            raise RuntimeError("can't start new thread")
+        start(self)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    touch(library, "qwen", ttl=0.05)
+    monkeypatch.undo()
+    touch(library, "qwen", ttl=0.05)
+    wait_until(lambda: library.loaded("qwen") is None)
+
+
+def test_a_wait_for_room_that_is_interrupted_leaves_all_as_it_was(library, monkeypatch):
+    model = held(library, "qwen")
+    condition = library._memory._changed
+    monkeypatch.setattr(condition, "wait_for", interrupted_when(condition.wait_for, lambda: (
+        library._memory._leaving)))
+    with pytest.raises(KeyboardInterrupt):
+        library.load("qwen", context_length=128)
+    monkeypatch.undo()
+    assert library.loaded("qwen") is model
+    library.release(model)
+    touch(library, "qwen", context_length=128)
+
+
+def interrupted_when(wait_for, comes):
+    def wait(predicate, timeout=None):
+        if comes() and not predicate():
+            raise KeyboardInterrupt
+        return wait_for(predicate, timeout)
+    return wait
+
+
+def test_three_models_on_demand_take_turns_and_one_stays(library):
+    """C-141: whoever comes, there are never two in the end."""
+    import sys
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(15):
+            threads = [started(touch, library, key) for key in ("qwen", "llama", "mistr")]
+            for thread in threads:
+                joined(*thread)
+            assert len(in_memory(library)) == 1
+    finally:
+        sys.setswitchinterval(interval)
+
+
 # ---- counters
 
 def test_counters_outlive_their_instances(library):
@@ -320,7 +429,7 @@ def test_counters_outlive_their_instances(library):
     assert counts["load_seconds"] > 0 and counts["failed_loads"] == 0
 
 
-def test_a_load_that_breaks_off_in_any_way_fails_for_those_who_wait(library, monkeypatch):
+def test_a_load_that_breaks_off_in_any_way_is_tried_by_the_next_who_waits(library, monkeypatch):
     begun, go_on = threading.Event(), threading.Event()
 
     def broken(entry, n_ctx, settings, report):
@@ -335,4 +444,6 @@ def test_a_load_that_breaks_off_in_any_way_fails_for_those_who_wait(library, mon
     assert heard.wait(WAIT_S)
     go_on.set()
     assert isinstance(joined(*loading), MemoryError)
-    assert isinstance(joined(*waiting), ModelLoadError)
+    assert isinstance(joined(*waiting), MemoryError), "it has tried for itself"
+    monkeypatch.undo()
+    touch(library, "qwen")

@@ -90,7 +90,7 @@ def _find_model(library: Library, request: ChatRequest) -> ModelEntry:
     entry = library.find(request.model)
     if entry.type != "llm":
         raise InvalidRequest(f"{entry.key} is not a chat model", param="model")
-    if not (library.jit or library.expects(entry.key)):
+    if not (library.jit or library.expects(entry)):
         raise InvalidRequest(f"{entry.key} is not loaded, and loading on demand is off",
                              code="model_not_loaded", param="model")
     _check_reasoning(entry, request.reasoning)

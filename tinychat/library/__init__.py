@@ -129,9 +129,9 @@ class Library:
         """All models that take up memory."""
         return self._memory.instances()
 
-    def expects(self, key: str) -> bool:
-        """Is the model in memory, or on its way there?"""
-        return self._memory.expects(key)
+    def expects(self, entry: ModelEntry) -> bool:
+        """Is the model in memory, this variant of it, or on its way there?"""
+        return self._memory.expects(entry)
 
     def counters(self) -> dict[str, Counter]:
         """By key, counts since the start: loads, failed_loads, load_seconds, and the tokens

@@ -1,7 +1,8 @@
 """One model in memory: file, program, executor, engine and text, opened and closed together."""
+import os
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 from tinychat.engine.engine import Engine
@@ -95,13 +96,29 @@ def open_model(entry: ModelEntry, n_ctx: int, settings: LoadSettings,
 
     Raises: ModelFileError, ModelLoadError; both with param "model".
     """
-    try:
+    with _told_of(entry):
         return _open_model(entry, n_ctx, settings, report)
-    except (ModelFileError, ModelLoadError) as error:
-        error.param = error.param or "model"
-        raise
+
+
+def check(entry: ModelEntry, n_ctx: int, settings: LoadSettings, freed_bytes: int) -> None:
+    """Raises what `open_model` would, as far as that is known without loading any weights.
+
+    freed_bytes: what will be given back before the load.
+    """
+    with _told_of(entry), open_gguf(entry.path) as file:
+        plan(build_program(file), max(n_ctx, MIN_CONTEXT), settings, freed_bytes)
+
+
+@contextmanager
+def _told_of(entry: ModelEntry) -> Iterator[None]:
+    """Errors of a load as clients may read them: with the file's name, but not its folder."""
+    try:
+        yield
     except (TinychatError, OSError, MemoryError) as error:
-        said = "out of memory" if isinstance(error, MemoryError) else error
+        said = "out of memory" if isinstance(error, MemoryError) else str(error)
+        said = said.replace(f"{entry.path.parent}{os.sep}", "")
+        if isinstance(error, (ModelFileError, ModelLoadError)):
+            raise type(error)(said, param="model") from error
         raise ModelLoadError(f"{entry.key}: {said}", param="model") from error
 
 

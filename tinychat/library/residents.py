@@ -11,9 +11,9 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
-from tinychat.errors import ModelLoadError, ModelNotFound, Overloaded, TinychatError
+from tinychat.errors import ModelNotFound, Overloaded, TinychatError
 from tinychat.library.entry import ModelEntry
-from tinychat.library.loaded import MIN_CONTEXT, LoadedModel, LoadSettings, open_model, plan
+from tinychat.library.loaded import MIN_CONTEXT, LoadedModel, LoadSettings, check, open_model
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,10 @@ class Wish:
     explicit: bool = False
     ttl_s: float | None = None
 
+    def asks_for_the_same(self, other: "Wish") -> bool:
+        return (self.context_length, self.eval_batch_size) == (
+            other.context_length, other.eval_batch_size)
+
     def fits(self, model: LoadedModel, entry: ModelEntry) -> bool:
         if (model.entry.path, model.entry.stamp) != (entry.path, entry.stamp):
             return False  # another variant, or the file has been replaced
@@ -47,10 +51,14 @@ class Wish:
 
 
 class _Loading:
-    """A load under way; fields are written under the lock."""
+    """A load under way; fields are written under the lock. begun: nothing has to make room first.
 
-    def __init__(self):
-        self.progress = 0.0
+    error: of the load, for those who wished the same.
+    """
+
+    def __init__(self, wish: Wish):
+        self.wish = wish
+        self.progress, self.begun = 0.0, False
         self.error: TinychatError | None = None
         self.done = False
 
@@ -81,7 +89,7 @@ class Residents:
     def ready(self, key: str) -> LoadedModel | None:
         """The model, when a request can have it at once."""
         with self._changed:
-            return None if key in self._loading else self._ready.get(key)
+            return self._ready.get(key)
 
     def instance(self, key: str) -> LoadedModel | None:
         """The model, when it takes up memory: also while its last requests run."""
@@ -92,10 +100,12 @@ class Residents:
         with self._changed:
             return [*self._ready.values(), *self._leaving.values()]
 
-    def expects(self, key: str) -> bool:
-        """Is the model in memory, or on its way there?"""
+    def expects(self, entry: ModelEntry) -> bool:
+        """Is the model in memory, this variant of it, or on its way there?"""
         with self._changed:
-            return key in self._ready or key in self._loading
+            model = self._ready.get(entry.key)
+            return entry.key in self._loading or (
+                model is not None and model.entry.path == entry.path)
 
     def counters(self) -> dict[str, Counter]:
         """By key, counts since the start: loads, failed_loads, load_seconds, and the engine's
@@ -122,9 +132,9 @@ class Residents:
                     return model
                 loading = self._loading.get(entry.key)
                 if mine := loading is None:
-                    loading = self._loading[entry.key] = _Loading()
+                    loading = self._loading[entry.key] = _Loading(wish)
             if not mine:
-                self._follow(loading, progress)
+                self._follow(loading, wish, progress)
             else:
                 return self._load(entry, wish, loading, progress)
 
@@ -150,7 +160,9 @@ class Residents:
         found = False
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: key in self._leaving or key not in self._loading)
+                self._changed.wait_for(lambda: key in self._leaving or key in self._ready
+                                       or key not in self._loading
+                                       or not self._loading[key].begun)
                 theirs, ours = self._leaving.get(key), self._ready.get(key)
                 if theirs is None and ours is not None:
                     self._leaving[key] = self._ready.pop(key)
@@ -200,10 +212,18 @@ class Residents:
             model.on_demand, model.ttl_s = False, wish.ttl_s
         elif model.on_demand:
             model.ttl_s = wish.ttl_s or self._default_ttl_s or None
-        if model.ttl_s and self._reaper is None:
-            self._reaper = threading.Thread(target=self._reap, name="idle-models", daemon=True)
-            self._reaper.start()
+        if model.ttl_s:
+            self._start_reaper()
         return model
+
+    def _start_reaper(self) -> None:
+        if self._reaper is None:
+            reaper = threading.Thread(target=self._reap, name="idle-models", daemon=True)
+            try:
+                reaper.start()
+                self._reaper = reaper
+            except RuntimeError:  # the system gives no more threads: with the next request, then
+                log.warning("no thread for the unloading of idle models yet")
 
     def _load(self, entry: ModelEntry, wish: Wish, loading: _Loading,
               progress: Progress | None) -> LoadedModel:
@@ -215,34 +235,39 @@ class Residents:
             if progress:
                 progress(part)
 
-        model = None
         try:
             report(0.0)
             with self._turn(wish):
                 old, n_ctx, settings = self._make_room(entry, wish)
+                loading.begun = True
                 model = open_model(entry, n_ctx, settings, report)
                 model.on_demand = not wish.explicit and (old is None or old.on_demand)
                 model.ttl_s = old.ttl_s if old and not old.on_demand else None
                 log.info("%s: loaded in %.2f s, %s, %d tokens of context, %d KV pages", entry.key,
                          model.load_time_seconds, model.executor.name, n_ctx, model.memory.n_pages)
+                self._loaded(entry.key, loading, model, wish)  # before the next one looks round
                 return model
         except TinychatError as error:
             loading.error = error
             raise
-        except BaseException:
-            loading.error = ModelLoadError(f"the load of {entry.key} broke off", param="model")
-            raise
         finally:
-            with self._changed:
-                past = self._past.setdefault(entry.key, Counter())
-                if model:
-                    self._ready[entry.key] = self._taken(model, wish)
-                    past.update(loads=1, load_seconds=model.load_time_seconds)
-                else:
-                    past.update(failed_loads=1)
-                del self._loading[entry.key]
-                loading.done = True
-                self._changed.notify_all()
+            self._loaded(entry.key, loading)
+
+    def _loaded(self, key: str, loading: _Loading, model: LoadedModel | None = None,
+                wish: Wish | None = None) -> None:
+        """The end of a load, with a model or without one; only the first call counts."""
+        with self._changed:
+            if loading.done:
+                return
+            past = self._past.setdefault(key, Counter())
+            if model:
+                self._ready[key] = self._taken(model, wish)
+                past.update(loads=1, load_seconds=model.load_time_seconds)
+            else:
+                past.update(failed_loads=1)
+            del self._loading[key]
+            loading.done = True
+            self._changed.notify_all()
 
     @contextmanager
     def _turn(self, wish: Wish):
@@ -253,36 +278,39 @@ class Residents:
     def _make_room(self, entry: ModelEntry, wish: Wish
                    ) -> tuple[LoadedModel | None, int, LoadSettings]:
         """What is replaced, and the context length and settings to load with. Waits for the
-        requests of whatever has to go."""
+        requests of whatever has to go; nothing has to go for a load that would fail."""
         with self._changed:
             self._changed.wait_for(lambda: entry.key not in self._leaving)
             self._check_open()
             old = self._ready.get(entry.key)
-        n_ctx = wish.context_length or min(self.default_context_length, entry.max_context_length)
-        settings = self._settings
-        if wish.eval_batch_size:
-            settings = replace(settings, eval_batch_size=wish.eval_batch_size)
-        if old and old.entry.path == entry.path:
-            settings = settings if wish.eval_batch_size else old.settings
-            if not (wish.explicit and wish.context_length):
-                n_ctx = min(max(wish.context_length or 0, old.context_length),
-                            entry.max_context_length)
-            if old.entry.stamp == entry.stamp:  # refuse what does not fit before it is gone
-                plan(old.program, n_ctx, settings, old.memory.total_bytes)
-        if old:
-            self._let_go(old)
-        if self._auto_evict and not wish.explicit:
-            for other in self._evictable():
-                log.info("%s makes room for %s", other.entry.key, entry.key)
-                self._let_go(other)
+            going = [old] if old else []
+            if self._auto_evict and not wish.explicit:
+                going += [model for model in self._ready.values() if model.on_demand
+                          and model is not old]
+        n_ctx, settings = self._decided(entry, wish, old)
+        if going:
+            check(entry, n_ctx, settings, sum(model.memory.total_bytes for model in going))
+        for model in going:
+            if model is not old:
+                log.info("%s makes room for %s", model.entry.key, entry.key)
+            self._let_go(model)
         with self._changed:
             self._check_open()
         return old, n_ctx, settings
 
-    def _evictable(self) -> list[LoadedModel]:
-        with self._changed:
-            return [model for key, model in self._ready.items()
-                    if model.on_demand and key not in self._loading]
+    def _decided(self, entry: ModelEntry, wish: Wish, old: LoadedModel | None
+                 ) -> tuple[int, LoadSettings]:
+        """Context length and settings: as wished, else as they were, else the defaults."""
+        n_ctx = wish.context_length or min(self.default_context_length, entry.max_context_length)
+        settings = self._settings
+        if old and old.entry.path == entry.path:
+            settings = old.settings
+            if not (wish.explicit and wish.context_length):
+                n_ctx = min(max(wish.context_length or 0, old.context_length),
+                            entry.max_context_length)
+        if wish.eval_batch_size:
+            settings = replace(settings, eval_batch_size=wish.eval_batch_size)
+        return n_ctx, settings
 
     def _let_go(self, model: LoadedModel) -> None:
         """Close a model once its requests are done; new ones wait for its successor."""
@@ -292,17 +320,23 @@ class Residents:
                 self._changed.wait_for(lambda: self._leaving.get(key) is not model)
                 return
             self._leaving[key] = self._ready.pop(key)
-            self._changed.wait_for(lambda: model.n_users == 0 or self._closed)
+            try:
+                self._changed.wait_for(lambda: model.n_users == 0 or self._closed)
+            except BaseException:  # Ctrl-C: it stays
+                self._ready[key] = self._leaving.pop(key)
+                self._changed.notify_all()
+                raise
         self._end(model, Overloaded("tinychat is shutting down"))
 
-    def _follow(self, loading: _Loading, progress: Progress | None) -> None:
-        """Wait for another's load, and fail as it fails."""
+    def _follow(self, loading: _Loading, wish: Wish, progress: Progress | None) -> None:
+        """Wait for another's load, and fail as it fails if it was for the same; else the caller
+        tries for itself."""
         told = -1.0
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: loading.done or loading.progress > told)
                 part, done, error = loading.progress, loading.done, loading.error
-            if error:
+            if error and wish.asks_for_the_same(loading.wish):
                 raise error
             if progress and part > told:
                 progress(part)
@@ -315,15 +349,17 @@ class Residents:
     def _end(self, model: LoadedModel, error: TinychatError) -> None:
         """Close one that is leaving; requests that still run on it get the error."""
         key = model.entry.key
-        model.engine.close(error)
-        with self._changed:  # those who hold it are reading its last updates
-            self._changed.wait_for(lambda: model.n_users == 0, UNLOAD_WAIT_S)
-        model.close(error)
-        with self._changed:
-            self._past.setdefault(key, Counter()).update(_engine_counts(model))
-            if self._leaving.get(key) is model:
-                del self._leaving[key]
-            self._changed.notify_all()
+        try:
+            model.engine.close(error)
+            with self._changed:  # those who hold it are reading its last updates
+                self._changed.wait_for(lambda: model.n_users == 0, UNLOAD_WAIT_S)
+            model.close(error)
+        finally:
+            with self._changed:
+                self._past.setdefault(key, Counter()).update(_engine_counts(model))
+                if self._leaving.get(key) is model:
+                    del self._leaving[key]
+                self._changed.notify_all()
 
     def _reap(self) -> None:
         """Let go of instances that have been idle for their time."""
@@ -332,8 +368,8 @@ class Residents:
                 if self._closed:
                     return
                 now = time.monotonic()
-                ends = {model: model.idle_since + model.ttl_s for key, model in self._ready.items()
-                        if model.ttl_s and model.n_users == 0 and key not in self._loading}
+                ends = {model: model.idle_since + model.ttl_s for model in self._ready.values()
+                        if model.ttl_s and model.n_users == 0}
                 expired = [model for model, end in ends.items() if end <= now]
                 for model in expired:
                     self._leaving[model.entry.key] = self._ready.pop(model.entry.key)
