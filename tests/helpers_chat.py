@@ -116,7 +116,8 @@ class ScriptedEngine:
         self.submitted, self.prompts, self.n_running = [], [], 0
         self.idle = threading.Condition()
 
-    def submit(self, ids, *, params, max_tokens, stop_ids, n_ctx=None, seed=None):
+    def submit(self, ids, *, params, max_tokens, stop_ids, n_ctx=None, seed=None,
+               on_finish=lambda: None):
         limit = min(n_ctx or self.n_ctx, self.n_ctx)
         if len(ids) >= limit:
             raise ContextOverflow(f"prompt of {len(ids)} tokens, context of {limit}", param="input")
@@ -129,10 +130,10 @@ class ScriptedEngine:
         with self.idle:
             self.n_running += 1
         threading.Thread(target=self._feed, daemon=True,
-                         args=(sequence, self.prompts[-1], max_tokens, stop_ids, limit)).start()
+                         args=(sequence, self.prompts[-1], max_tokens, stop_ids, limit, on_finish)).start()
         return sequence
 
-    def _feed(self, sequence, prompt, max_tokens, stop_ids, limit):
+    def _feed(self, sequence, prompt, max_tokens, stop_ids, limit, on_finish):
         reason = "length"
         sequence.t_started = time.perf_counter()
         sequence.put(PromptStarted())
@@ -156,6 +157,7 @@ class ScriptedEngine:
         with self.idle:
             self.n_running -= 1
             self.idle.notify_all()
+        on_finish()
         sequence.put(Finished(reason, error))
 
     def _released(self, sequence):

@@ -11,6 +11,7 @@ from helpers_doors import WAIT_S, golden, put
 
 from tinychat.library import Library, residents
 from tinychat.server import make_server
+from tinychat.server.connection import Connection
 from tinychat.store import Store
 
 CHAT, MODELS = "/api/v1/chat", "/api/v1/models"
@@ -326,6 +327,27 @@ def test_beyond_the_queue_limit_a_request_is_503_with_retry_after(serve):
     assert json.loads(data)["error"]["code"] == "server_overloaded"
     client.unload("qwen")
     assert {joined(*first)[1], joined(*second)[1]} == {"model_unloaded"}
+
+
+def test_a_client_that_reads_nothing_keeps_no_model_from_making_room(serve, monkeypatch):
+    """C-076, C-141: the model is free once the engine has done with the answer."""
+    sent, read_on = threading.Event(), threading.Event()
+    original = Connection.send_head
+
+    def stuck(self, *args, **options):
+        original(self, *args, **options)
+        if not sent.is_set():  # the first stream is stuck in its first event
+            sent.set()
+            read_on.wait(WAIT_S)
+    monkeypatch.setattr(Connection, "send_head", stuck)
+    client = serve()
+    client.library.release(client.library.acquire("qwen"))
+    slow = in_thread(client.stream, model="qwen", max_output_tokens=5)
+    assert sent.wait(WAIT_S)
+    assert client.chat(model="llama", max_output_tokens=2)["output"]
+    assert list(client.instances()) == ["llama"]
+    read_on.set()
+    assert joined(*slow)[-1][1]["result"]["stats"]["total_output_tokens"] == 5
 
 
 # ---- pages

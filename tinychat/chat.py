@@ -201,11 +201,15 @@ class _Chat:
             yield from self._fail(error)
 
     def end(self):
-        """Gives back what the request holds of engine and library, and writes the log's line."""
+        """Gives back what the request holds of engine and library, and writes the log's line.
+
+        The model is given back when the engine has done with the sequence: a client that reads
+        slowly holds up nobody who wants another model.
+        """
         if self.sequence:
             self.model.engine.cancel(self.sequence)
             self._log()
-        if self.model:
+        elif self.model:
             self.library.release(self.model)
         elif self.loading:
             self.loading.add_done_callback(self._give_back)
@@ -271,7 +275,8 @@ class _Chat:
                  if getattr(request, name) is not None}
         self.sequence = model.engine.submit(
             ids, params=replace(model.defaults, **given), max_tokens=request.max_output_tokens,
-            stop_ids=model.tokenizer.eog_ids, n_ctx=request.context_length)
+            stop_ids=model.tokenizer.eog_ids, n_ctx=request.context_length,
+            on_finish=lambda: self.library.release(model))
 
     def _template_switches(self) -> dict:
         """What tells the template whether to reason; nothing for a model that offers no choice."""

@@ -7,6 +7,7 @@ import atexit
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -68,9 +69,12 @@ class Engine:
 
     def submit(self, ids: list[int], *, params: SamplingParams = SamplingParams(),
                max_tokens: int | None = None, stop_ids: frozenset[int] = frozenset(),
-               n_ctx: int | None = None, seed: int | None = None) -> Sequence:
+               n_ctx: int | None = None, seed: int | None = None,
+               on_finish: Callable[[], None] = lambda: None) -> Sequence:
         """Queue a prompt. n_ctx limits this sequence further; max_tokens None: to the end of n_ctx.
 
+        on_finish: called once, when the engine has done with it, however slowly its updates are
+        read; by any thread, with locks held: it must be short.
         Raises: ContextOverflow when the prompt leaves no room for a token; InvalidRequest when it
         is empty or has ids outside the vocabulary, or max_tokens is below 1; Overloaded when the
         queue is full or the engine closing; KernelError in a forked process.
@@ -81,7 +85,7 @@ class Engine:
             raise InvalidRequest(f"expected max_tokens of at least 1, got {max_tokens}",
                                  param="max_tokens")
         seq = Sequence(ids, sampler=Sampler(params, seed), max_tokens=max_tokens,
-                       stop_ids=stop_ids, n_ctx=n_ctx)
+                       stop_ids=stop_ids, n_ctx=n_ctx, on_finish=on_finish)
         with self._wake:
             self._check_open()
             n_present = len(self._waiting) + len(self._stepper.running)

@@ -2,7 +2,7 @@
 import itertools
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,12 +59,14 @@ class Sequence:
     """
 
     def __init__(self, prompt: np.ndarray, *, sampler: Sampler, max_tokens: int | None,
-                 stop_ids: frozenset[int], n_ctx: int):
+                 stop_ids: frozenset[int], n_ctx: int,
+                 on_finish: Callable[[], None] = lambda: None):
         self.id = next(_ids)
         self.n_prompt = len(prompt)
         self.n_cached = 0
         self.sampler = sampler
         self.stop_ids = stop_ids
+        self._on_finish = on_finish
         limit, self.full_reason = n_ctx, "context"
         if max_tokens is not None and self.n_prompt + max_tokens <= n_ctx:
             limit, self.full_reason = self.n_prompt + max_tokens, "length"
@@ -112,6 +114,7 @@ class Sequence:
         """Send the last update, once."""
         if self.finished is None:
             self.finished = finished
+            self._on_finish()  # first: who reads the last update may rely on it
             self._updates.put(finished)
 
     def updates(self, timeout: float | None = None) -> "Updates":
