@@ -68,6 +68,11 @@ def test_single_files_and_extra_folders_are_listed(shelves, tmp_path):
     assert keys(shelves(extra=[tmp_path / "elsewhere", single])) == ["alone", "other", "third"]
 
 
+def test_an_extra_folder_that_is_not_there_is_told(shelves, tmp_path, caplog):
+    assert keys(shelves(extra=[tmp_path / "absent"])) == []
+    assert "absent: expected a folder or file with models" in caplog.text
+
+
 def test_quantizations_in_one_folder_are_variants_of_one_model(shelves, tmp_path):
     for quant in ("Q8_0", "Q4_0", "Q2_K"):
         put(tmp_path / "models" / "pub" / "Llama" / f"llama-{quant}.gguf",

@@ -241,7 +241,10 @@ def test_print_config_shows_flags_over_environment_over_file_over_defaults(home)
 
 def test_what_print_config_says_is_a_settings_file_that_means_the_same(home):
     values, text = printed(home, "--cors", "--store", 'odd "name" \\ ü.sqlite3', "--host", "::1",
-                           "--default-ttl-seconds", "2.5", "--require-auth")
+                           "--default-ttl-seconds", "0.1234567", "--shutdown-seconds", "1234567",
+                           "--require-auth", "--models-folders", "~/models")
+    assert values["shutdown_seconds"] == 1234567 and values["default_ttl_seconds"] == 0.1234567
+    assert not values["models_folders"][0].startswith("~")
     (home / "again.toml").write_text(text, encoding="utf-8")
     assert printed(home, "--config", home / "again.toml")[0] == values
     assert printed(home, TINYCHAT_CONFIG=str(home / "again.toml"))[0] == values
@@ -253,10 +256,13 @@ def test_what_print_config_says_is_a_settings_file_that_means_the_same(home):
     ("colour = 1", "no setting is called 'colour'"),
     ("port = ", "no settings file"),
     ("[server]\nport = 1", "no setting is called 'server'"),
-    ("cors = [1]", "cors in the settings file: expected on or off"),
+    ("cors = [1]", "no kind of value"),
     ("parallel = 0", "parallel in the settings file: expected a count of at least 1"),
     ("allow_mcp_json = true", "auth"),
     ("ephemeral_mcp = 'everywhere'", "expected off, public or local"),
+    ("idle_timeout_seconds = 0", "a number of seconds above 0"),
+    ("host = true", "host in the settings file: expected an address, got true"),
+    ("store = {a = 1}", "no kind of value"),
     ("\x00", "no settings file"), ("a = " + "[" * 5000, "no settings file"),
 ])
 def test_a_wrong_settings_file_is_one_line(home, text, said):

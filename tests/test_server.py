@@ -591,6 +591,27 @@ def test_a_server_closes_in_any_state_and_from_many_threads():
             assert not thread.is_alive()
 
 
+def test_a_second_close_waits_for_the_first():
+    gate, store = threading.Semaphore(0), Store()
+    library = ScriptedLibrary(says("abc"), gate=gate)
+    server = make_server(library, store, port=0, shutdown_s=0.3, heartbeat_s=0.01).start()
+    client, ended = Client(server), []
+    asking = threading.Thread(target=lambda: ended.append(client.error()))
+    asking.start()
+    deadline = time.monotonic() + WAIT_S
+    while not library.engine.submitted and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    first = threading.Thread(target=server.close)
+    first.start()
+    while not server.closing:
+        threading.Event().wait(0.001)
+    server.close()
+    assert not server._connections
+    for thread in (first, asking):
+        thread.join(WAIT_S)
+    store.close()
+
+
 def test_a_connection_ends_its_thread(serve, raw):
     before, client = threading.active_count(), serve()
     for _ in range(5):
@@ -677,6 +698,7 @@ def test_with_cors_on_every_answer_allows_any_origin(serve):
     status, headers, data = client.request("OPTIONS", CHAT, headers={
         **origin, "Access-Control-Request-Method": "POST"})
     assert (status, data) == (204, b"")
+    assert client.request("OPTIONS", "/nothing", headers=origin)[0] == 404
     assert headers["Access-Control-Allow-Methods"] == "GET, POST, OPTIONS"
     assert headers["Access-Control-Allow-Headers"] == "Authorization, Content-Type"
     answers = [headers]

@@ -38,8 +38,8 @@ def serve(args) -> None:
             with closing(make_server(library, store, **settings.of("server"))) as server:
                 loaded = [load_shown(library, key) for key in keys]
                 warn_of_openness(server)
-                if settings.values["access_log"]:
-                    logging.getLogger("tinychat.access").setLevel(logging.INFO)
+                logging.getLogger("tinychat.access").setLevel(
+                    logging.INFO if settings.values["access_log"] else logging.WARNING)
                 serve_until_interrupted(server, loaded)
 
 

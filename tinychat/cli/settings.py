@@ -46,16 +46,24 @@ def switch(text: str) -> bool:
     return words[text.strip().lower()]
 
 
+def patience(text: str) -> float:
+    """Seconds of which there must be some."""
+    number = seconds(text)
+    if number == 0:
+        raise ValueError
+    return number
+
+
 def address(text: str) -> str:
     return text
 
 
 def file(text: str) -> str:
-    return text
+    return text if text == ":memory:" else os.path.expanduser(text)
 
 
 def folders(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.split(os.pathsep) if part)
+    return tuple(os.path.expanduser(part) for part in text.split(os.pathsep) if part)
 
 
 def reach(text: str) -> str:
@@ -73,6 +81,7 @@ def _integer(text: str, low: int, high: int) -> int:
 
 
 EXPECTED = {count: "a count of at least 1", port: "a port", threads: "1 to 1024 threads", seconds: f"a number of seconds up to {MAX_SECONDS}",
+            patience: f"a number of seconds above 0 and up to {MAX_SECONDS}",
             switch: "on or off", address: "an address", file: "a file's path",
             folders: f"paths with {os.pathsep} between", reach: "off, public or local"}
 
@@ -107,7 +116,11 @@ class Setting:
         if text := os.environ.get(self.variable):
             return self._read(self.variable, text), self.variable
         if self.name in config:
-            return self._read(f"{self.name} in the settings file", _text(config[self.name])), "file"
+            where, value = f"{self.name} in the settings file", config[self.name]
+            if isinstance(value, bool) and self.kind is not switch:
+                raise TinychatError(f"{where}: expected {EXPECTED[self.kind]}, got "
+                                    f"{str(value).lower()}")
+            return self._read(where, _text(value)), "file"
         return self.default, "default"
 
     def _read(self, where: str, text: str):
@@ -160,7 +173,7 @@ SETTINGS = (
     Setting("max_body_bytes", count, 67_108_864, "largest request body", "server.max_body_bytes"),
     Setting("max_connections", count, 512, "open at once; more are refused",
             "server.max_connections"),
-    Setting("idle_timeout_seconds", seconds, 75.0, "how long a connection may be silent between "
+    Setting("idle_timeout_seconds", patience, 75.0, "how long a connection may be silent between "
             "two requests", "server.idle_timeout_s"),
     Setting("sse_keepalive_seconds", seconds, 15.0,
             "silence in a stream before it gets a comment; 0: never",
@@ -231,6 +244,9 @@ def _text(value) -> str:
         return "on" if value else "off"
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return os.pathsep.join(value)
+    if not isinstance(value, (str, int, float)):
+        raise TinychatError(f"the settings file: {type(value).__name__} is no kind of value for "
+                            "a setting")
     return str(value)
 
 
@@ -240,7 +256,7 @@ def _line(name: str, value, origin: str) -> str:
     if isinstance(value, bool):
         text = "true" if value else "false"
     elif isinstance(value, (int, float)):
-        text = f"{value:g}" if isinstance(value, float) else str(value)
+        text = repr(value)
     elif isinstance(value, tuple):
         text = "[" + ", ".join(map(_quoted, value)) + "]"
     else:

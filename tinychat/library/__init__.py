@@ -52,6 +52,9 @@ class Library:
         self._memory = Residents(LoadSettings(parallel, queue_limit, kv_type, threads),
                                  default_context_length=default_context_length,
                                  auto_evict=auto_evict, default_ttl_s=default_ttl_seconds)
+        for path in extra:
+            if not Path(path).exists():
+                log.warning("%s: expected a folder or file with models, there is none", path)
         self._shelf = Shelf(self.home / "models", extra, self._path_in_memory)
         self._downloads = Downloads(self._shelf)
 

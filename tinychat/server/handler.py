@@ -56,7 +56,7 @@ class Handler(Connection):
         self.common_headers = (CORS_ALL,) if self.settings.cors else ()
 
     def answer(self):
-        if self.command == "OPTIONS" and self.settings.cors:
+        if self.command == "OPTIONS" and self.settings.cors and _route(self.path):
             self.send_head(204, CORS_PREFLIGHT)
             return
         self._check_origin()

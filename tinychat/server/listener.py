@@ -81,6 +81,7 @@ class Server(ThreadingHTTPServer):
         self.metrics = Metrics(route_of)
         self.tokens = Tokens(Path(library.home) / TOKENS_NAME) if settings.require_auth else None
         self._closing, self._stopping = threading.Event(), threading.Event()
+        self._closed = threading.Event()
         self._serving = False
         self._changed = threading.Condition()
         self._connections: dict[socket.socket, bool] = {}  # and whether a request is under way
@@ -187,9 +188,18 @@ class Server(ThreadingHTTPServer):
         left is cut off. Bounded, and may be called again; from any thread, but not by a signal
         handler of the one that is in `serve_forever`."""
         with self._changed:
-            if self.closing:
-                return
+            first = not self.closing
             self._closing.set()
+        if first:
+            try:
+                self._close()
+            finally:
+                self._closed.set()
+        else:
+            self._closed.wait()  # whoever owns library and store will close them next
+
+    def _close(self):
+        with self._changed:
             serving = self._serving
         if serving:
             with suppress(OSError):  # wakes the loop, where the system allows it
