@@ -79,19 +79,18 @@ def _number_responses(db: sqlite3.Connection):
 MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (
     _create_responses, _number_responses)
 
+# UNION, not UNION ALL: it ends in a damaged file too, where a response may follow from itself.
 CHAIN = """
-    WITH RECURSIVE chain (id, depth) AS (
-        SELECT ?, 0
-        UNION ALL
-        SELECT parent_id, depth + 1 FROM responses JOIN chain USING (id)
-        WHERE parent_id IS NOT NULL)
-    SELECT chain.id, parent_id, system_prompt, model, input, output, dropped
-    FROM chain LEFT JOIN responses USING (id) ORDER BY depth DESC"""
+    WITH RECURSIVE chain (id) AS (
+        VALUES (?)
+        UNION
+        SELECT parent_id FROM responses JOIN chain USING (id) WHERE parent_id IS NOT NULL)
+    SELECT id, parent_id, system_prompt, model, input, output, dropped
+    FROM chain JOIN responses USING (id)"""
 
 INSERT = """
-    INSERT OR IGNORE INTO responses (id, parent_id, system_prompt, model, input, output,
-                                     created_at, dropped)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
+    INSERT INTO responses (id, parent_id, system_prompt, model, input, output, created_at, dropped)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"""
 
 OLDEST_KEPT = "SELECT number, id FROM responses WHERE NOT dropped ORDER BY number LIMIT ?"
 N_KEPT = "SELECT count(*) FROM responses WHERE NOT dropped"
@@ -102,7 +101,8 @@ class Store:
 
     max_responses: beyond it the oldest are dropped. What younger ones build on stays with them, out
     of reach, until they are dropped themselves.
-    A file that cannot be opened or written for want of room or rights is tried anew at every use.
+    A file that cannot be opened or written for want of room or rights is tried anew at every use,
+    whose error names no path, for it goes to the client.
     Raises: TinychatError, for a file that is no store, or of a newer version.
     """
 
@@ -112,10 +112,16 @@ class Store:
         self._lock = threading.Lock()
         self._db: sqlite3.Connection | None = None
         self._closed = False
+        self._counted: tuple[int, int] | None = None    # data_version, and how many were kept then
+        if max_responses < 1:
+            raise TinychatError(f"max_responses: expected at least 1, got {max_responses}")
         try:
-            self._use("be opened", lambda db: None)
-        except _Unusable:  # which has said why
-            log.warning("no chat can be kept for now; every request tries again")
+            self._db = self._open()
+        except (sqlite3.OperationalError, OSError) as error:  # no room, no rights, a lock
+            log.warning("the store %s cannot be opened: %s; no chat can be kept for now, "
+                        "every request tries again", self.path, _reason(error))
+        except sqlite3.Error as error:
+            raise TinychatError(f"the store {self.path} cannot be opened: {error}") from error
 
     def save(self, history: Sequence[Turn], system_prompt: str | None, model: str,
              input: Sequence[TextItem | ImageItem], output: Sequence[dict]) -> str:
@@ -125,15 +131,17 @@ class Store:
         """
         id = RESPONSE_ID_PREFIX + secrets.token_hex(ID_BYTES)
         parent_id = history[-1].id if history else None
-        turn = Turn(id, parent_id, system_prompt, model, tuple(input), tuple(output))
+        row = _row(Turn(id, parent_id, system_prompt, model, tuple(input), tuple(output)))
 
         def write(db: sqlite3.Connection):
+            counted, self._counted = self._counted, None  # after a commit that fails: anew
             with db:
                 db.execute("BEGIN IMMEDIATE")
                 for earlier in history if parent_id and not _has(db, parent_id) else ():
                     db.execute(INSERT, _row(earlier, dropped=True))  # dropped while this one ran
-                db.execute(INSERT, _row(turn))
-                self._drop_oldest(db)
+                db.execute(INSERT, row)
+                counted = self._drop_oldest(db, counted)
+            self._counted = counted
         self._use("take a response", write)
         return id
 
@@ -143,14 +151,12 @@ class Store:
         Raises: InvalidRequest previous_response_not_found when there is no such response, or not
         any more.
         """
-        rows = self._use("be read", lambda db: db.execute(CHAIN, (id,)).fetchall())
-        if rows[-1][-1] or any(row[3] is None for row in rows):
-            raise InvalidRequest("no stored response has this id; it may have been dropped",
-                                 code="previous_response_not_found", param="previous_response_id")
         try:
-            return [_turn(*row[:-1]) for row in rows]
-        except (ValueError, TypeError, AttributeError) as error:
-            log.error("%s: the chain of %s cannot be understood: %s", self.path, id[:60], error)
+            rows = self._use("be read", lambda db: db.execute(CHAIN, (id,)).fetchall())
+            return _follow({row[0]: row for row in rows}, id)
+        except (ValueError, TypeError, RecursionError) as error:
+            log.error("%s: the chain of %s cannot be understood: %s", self.path,
+                      id[:12], error)
             raise TinychatError("the stored chat is damaged and cannot be continued") from error
 
     def close(self):
@@ -159,12 +165,21 @@ class Store:
             if self._db:
                 self._db.close()
 
-    def _drop_oldest(self, db: sqlite3.Connection):
-        surplus = db.execute(N_KEPT).fetchone()[0] - self._max_responses
-        for number, id in db.execute(OLDEST_KEPT, (max(0, surplus),)).fetchall():
+    def _drop_oldest(self, db: sqlite3.Connection, counted: tuple[int, int] | None) -> tuple:
+        """After one more was inserted; returns the new `_counted`.
+
+        Counting 10,000 takes 0.4 ms, more than the rest of a save: done only when another process
+        has written, which data_version tells.
+        """
+        version = db.execute("PRAGMA data_version").fetchone()[0]
+        n_kept = counted[1] + 1 if counted and counted[0] == version \
+            else db.execute(N_KEPT).fetchone()[0]
+        surplus = max(0, n_kept - self._max_responses)
+        for number, id in db.execute(OLDEST_KEPT, (surplus,)).fetchall():
             db.execute("UPDATE responses SET dropped = 1 WHERE number = ?", (number,))
             while id:
                 id = _forget(db, id)
+        return version, n_kept - surplus
 
     # -- the file
 
@@ -177,44 +192,54 @@ class Store:
                 if self._db is None:
                     self._db = self._open()
                 return action(self._db)
-        except (sqlite3.OperationalError, OSError) as error:
-            said = getattr(error, "strerror", None) or error
-            log.error("the store %s cannot %s: %s", self.path, what, said)
-            raise _Unusable(f"the store of chats cannot {what}: {said}") from error
-        except sqlite3.Error as error:
-            log.error("the store %s cannot %s: %s", self.path, what, error)
-            raise TinychatError(f"the store of chats cannot {what}: {error}") from error
+        except (sqlite3.Error, OSError) as error:
+            log.error("the store %s cannot %s: %s", self.path, what, _reason(error))
+            raise TinychatError(f"the store of chats cannot {what}: {_reason(error)}") from error
 
     def _open(self) -> sqlite3.Connection:
-        is_new = self.path != IN_MEMORY and not Path(self.path).exists()
-        if is_new:
-            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        if self.path != IN_MEMORY:
+            _make_folder(Path(self.path).absolute().parent)
+            with suppress(FileExistsError):  # a new one is for this user alone
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
         try:
+            db.text_factory = bytes.decode  # damaged text is a ValueError, as damaged JSON is
+            with db:
+                db.execute("BEGIN")
+                n_migrated = _n_migrated(db)  # first: nothing is done to another program's file
             _become_wal(db)
             db.execute("PRAGMA synchronous = FULL")
-            self._migrate(db)
+            if n_migrated < len(MIGRATIONS):  # else no write: what a full disk holds can be read
+                _migrate(db)
         except BaseException:
             db.close()
             raise
-        if is_new:
-            _sync_folder(Path(self.path).parent)
+        if self.path != IN_MEMORY:
+            _sync_folder(Path(self.path).absolute().parent)
         return db
 
-    def _migrate(self, db: sqlite3.Connection):
-        with db:
-            db.execute("BEGIN IMMEDIATE")  # two processes may open a new file at once
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version > len(MIGRATIONS):
-                raise TinychatError(f"{self.path}: schema version {version} is newer than "
-                                    f"{len(MIGRATIONS)}, the newest that this tinychat knows")
-            for migrate in MIGRATIONS[version:]:
-                migrate(db)
-            db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+def _n_migrated(db: sqlite3.Connection) -> int:
+    """How many of the migrations the file has had; both queries see one moment in a transaction.
+
+    Raises: sqlite3.DatabaseError for a file of a newer version, or of another program.
+    """
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise sqlite3.DatabaseError(f"schema version {version} is newer than {len(MIGRATIONS)}, "
+                                    "the newest that this tinychat knows")
+    tables = {name for name, in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if "responses" not in tables if version else tables:
+        raise sqlite3.DatabaseError("the database is of another program")
+    return version
 
 
-class _Unusable(TinychatError):
-    """No room, no rights, a lock that is held: things that may be better next time."""
+def _migrate(db: sqlite3.Connection):
+    with db:
+        db.execute("BEGIN IMMEDIATE")  # two processes may open a new file at once
+        for migrate in MIGRATIONS[_n_migrated(db):]:
+            migrate(db)
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
 
 def _become_wal(db: sqlite3.Connection):
@@ -229,6 +254,18 @@ def _become_wal(db: sqlite3.Connection):
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(OPEN_AGAIN_S)
+
+
+def _reason(error: Exception) -> str:
+    """Without the path that an OSError names."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _make_folder(folder: Path):
+    missing = [each for each in (folder, *folder.parents) if not each.is_dir()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        _sync_folder(each.parent)
 
 
 def _sync_folder(folder: Path):
@@ -262,10 +299,35 @@ def _row(turn: Turn, *, dropped: bool = False) -> tuple:
 
 
 def _dump(value) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # half a surrogate pair, from a tool: escaped it comes back as it was
+        return json.dumps(value, separators=(",", ":"))
+
+
+def _follow(rows: dict[str, tuple], id: str | None) -> list[Turn]:
+    """The turns from the first to `id`."""
+    turns: list[Turn] = []
+    while id is not None:
+        *columns, dropped = rows.pop(id, (None, True))
+        if not columns[0] or (dropped and not turns):
+            raise InvalidRequest("no stored response has this id; it may have been dropped",
+                                 code="previous_response_not_found", param="previous_response_id")
+        turns.append(_turn(*columns))
+        id = turns[-1].parent_id
+    return turns[::-1]
 
 
 def _turn(id, parent_id, system_prompt, model, input, output) -> Turn:
     items = tuple(ImageItem(**item) if "data_url" in item else TextItem(**item)
-                  for item in json.loads(input))
-    return Turn(id, parent_id, system_prompt, model, items, tuple(json.loads(output)))
+                  for item in _objects(input))
+    return Turn(id, parent_id, system_prompt, model, items, _objects(output))
+
+
+def _objects(text: str) -> tuple[dict, ...]:
+    items = json.loads(text)
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ValueError("expected an array of objects")
+    return tuple(items)
