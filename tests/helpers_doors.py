@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -95,3 +97,36 @@ def tinychat_command(*args, home: Path, input: str | None = None, **variables):
     return subprocess.run([sys.executable, "-m", "tinychat", *map(str, args)], input=input,
                           text=True, capture_output=True, timeout=WAIT_S, cwd=home,
                           env=environment(home, **variables))
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        threading.Event().wait(0.01)
+
+
+def started(work, *args, **fields):
+    """(a thread that works, a list for what it will have returned or raised)."""
+    results = []
+
+    def run():
+        try:
+            results.append(work(*args, **fields))
+        except Exception as error:
+            results.append(error)
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, results
+
+
+def joined(thread, results):
+    """What it has returned, or raised."""
+    thread.join(WAIT_S)
+    assert not thread.is_alive()
+    return results[0]
+
+
+def all_at_once(*works) -> list:
+    """Each on a thread of its own; the results or errors, in order."""
+    return [joined(*one) for one in [started(work) for work in works]]

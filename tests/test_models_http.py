@@ -2,12 +2,11 @@
 import json
 import random
 import threading
-import time
 
 import pytest
 from contract_checker import check_load, check_models, check_stream, check_unload, parse_sse
 from helpers_chat import Client
-from helpers_doors import WAIT_S, golden, put
+from helpers_doors import WAIT_S, golden, joined, put, started, wait_until
 
 from tinychat.library import Library, residents
 from tinychat.server import make_server
@@ -76,26 +75,6 @@ def serve(tmp_path):
         server.close()
         library.close()
         store.close()
-
-
-def in_thread(work, **fields):
-    results = []
-    thread = threading.Thread(target=lambda: results.append(work(**fields)))
-    thread.start()
-    return thread, results
-
-
-def joined(thread, results):
-    thread.join(WAIT_S)
-    assert not thread.is_alive()
-    return results[0]
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        threading.Event().wait(0.005)
 
 
 def running(client, key="qwen"):
@@ -191,9 +170,9 @@ def test_a_request_that_runs_while_its_instance_is_unloaded_ends_with_model_unlo
     client = serve(default_context_length=4096)
     client.load("qwen")
     if stream:
-        request = in_thread(client.stream, model="qwen", **LONG)
+        request = started(client.stream, model="qwen", **LONG)
     else:
-        request = in_thread(client.error, model="qwen", **LONG)
+        request = started(client.error, model="qwen", **LONG)
     wait_until(lambda: running(client))
     assert client.unload("qwen") == "qwen"
     result = joined(*request)
@@ -244,7 +223,7 @@ def test_concurrent_first_requests_cause_one_load(serve, monkeypatch):
         gate.wait(WAIT_S)
         return original(*args)
     monkeypatch.setattr(residents, "open_model", slow)
-    requests = [in_thread(client.stream, model="qwen", max_output_tokens=2) for _ in range(4)]
+    requests = [started(client.stream, model="qwen", max_output_tokens=2) for _ in range(4)]
     wait_until(lambda: loads)
     gate.set()
     for request in requests:
@@ -307,7 +286,7 @@ def test_more_requests_than_parallel_all_get_their_own_answers(serve):
     texts = [f"request number {n}" for n in range(10)]
     alone = {text: client.chat(text, model="qwen", temperature=0, max_output_tokens=12)["output"]
              for text in texts}
-    requests = {text: in_thread(client.chat, input=text, model="qwen", temperature=0,
+    requests = {text: started(client.chat, input=text, model="qwen", temperature=0,
                                 max_output_tokens=12) for text in texts}
     assert {text: joined(*request)["output"] for text, request in requests.items()} == alone
 
@@ -316,9 +295,9 @@ def test_beyond_the_queue_limit_a_request_is_503_with_retry_after(serve):
     """C-143."""
     client = serve(parallel=1, queue_limit=1, default_context_length=4096)
     client.load("qwen")
-    first = in_thread(client.error, model="qwen", **LONG)
+    first = started(client.error, model="qwen", **LONG)
     wait_until(lambda: running(client) == 1)
-    second = in_thread(client.error, model="qwen", **LONG)
+    second = started(client.error, model="qwen", **LONG)
     wait_until(lambda: client.library.loaded("qwen").engine.stats.waiting == 1)
     status, headers, data = client.request(
         "POST", CHAT, json.dumps({"model": "qwen", "input": "hi", "stream": True}).encode(),
@@ -342,7 +321,7 @@ def test_a_client_that_reads_nothing_keeps_no_model_from_making_room(serve, monk
     monkeypatch.setattr(Connection, "send_head", stuck)
     client = serve()
     client.library.release(client.library.acquire("qwen"))
-    slow = in_thread(client.stream, model="qwen", max_output_tokens=5)
+    slow = started(client.stream, model="qwen", max_output_tokens=5)
     assert sent.wait(WAIT_S)
     assert client.chat(model="llama", max_output_tokens=2)["output"]
     assert list(client.instances()) == ["llama"]

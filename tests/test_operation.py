@@ -3,12 +3,11 @@ import json
 import logging
 import re
 import threading
-import time
 
 import pytest
 from contract_checker import check_error, check_stream
 from helpers_chat import KEY, Client, ScriptedLibrary, says
-from helpers_doors import WAIT_S, golden, put, tinychat_command
+from helpers_doors import WAIT_S, golden, put, tinychat_command, wait_until
 
 from tinychat.cli import settings as cli_settings
 from tinychat.errors import TinychatError
@@ -56,13 +55,6 @@ def scraped(client):
             found[name] = float(value)
     assert data.endswith(b"\n")
     return found
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        threading.Event().wait(0.01)
 
 
 # ---- health and metrics

@@ -3,7 +3,7 @@ import threading
 import time
 
 import pytest
-from helpers_doors import WAIT_S, golden, put, write_model
+from helpers_doors import WAIT_S, golden, joined, put, started, wait_until, write_model
 
 from tinychat.errors import ModelLoadError, ModelNotFound, Overloaded, TinychatError
 from tinychat.library import Library, loaded, residents
@@ -40,33 +40,6 @@ def touch(library, key, **fields):
 
 def in_memory(library):
     return {model.entry.key for model in library.instances()}
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        threading.Event().wait(0.01)
-
-
-def started(work, *args, **fields):
-    """(thread, what it will have returned or raised)"""
-    results = []
-
-    def run():
-        try:
-            results.append(work(*args, **fields))
-        except (TinychatError, MemoryError) as error:
-            results.append(error)
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread, results
-
-
-def joined(thread, results):
-    thread.join(WAIT_S)
-    assert not thread.is_alive()
-    return results[0]
 
 
 # ---- idle time

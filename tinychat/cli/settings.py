@@ -80,7 +80,8 @@ def _integer(text: str, low: int, high: int) -> int:
     return number
 
 
-EXPECTED = {count: "a count of at least 1", port: "a port", threads: "1 to 1024 threads", seconds: f"a number of seconds up to {MAX_SECONDS}",
+EXPECTED = {count: "a count of at least 1", port: "a port", threads: "1 to 1024 threads",
+            seconds: f"a number of seconds up to {MAX_SECONDS}",
             patience: f"a number of seconds above 0 and up to {MAX_SECONDS}",
             switch: "on or off", address: "an address", file: "a file's path",
             folders: f"paths with {os.pathsep} between", reach: "off, public or local"}
