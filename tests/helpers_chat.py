@@ -14,7 +14,7 @@ from contract_checker import check_error, check_response, check_stream, parse_ss
 from tinychat.engine.sampler import SamplingParams
 from tinychat.engine.sequence import Finished, PromptDone, PromptProgress, PromptStarted, Token
 from tinychat.errors import ContextOverflow, ModelNotFound, Overloaded, TinychatError
-from tinychat.text.template import ChatTemplate
+from tinychat.text.prompt.template import ChatTemplate
 
 KEY = "test/scripted"
 WAIT_S = 10.0  # bound of every wait; a test that needs it has failed

@@ -201,9 +201,9 @@ def test_a_token_without_chat_may_not_chat(guarded):
     (["chat", "mcp"], [EPHEMERAL], (403, "integrations.0")),
     (["chat", "ephemeral_mcp"], [EPHEMERAL, "mcp/files"], (403, "integrations.1")),
     (["chat", "mcp:other"], ["mcp/files"], (403, "integrations.0")),
-    (["chat", "mcp"], ["mcp/files"], (501, "integrations")),
-    (["chat", "mcp:files"], [{"type": "plugin", "id": "mcp/files"}], (501, "integrations")),
-    (["chat", "ephemeral_mcp"], [EPHEMERAL], (501, "integrations")),
+    (["chat", "mcp"], ["mcp/files"], (400, "integrations.0")),  # permitted, but there is none
+    (["chat", "mcp:files"], [{"type": "plugin", "id": "mcp/files"}], (400, "integrations.0")),
+    (["chat", "ephemeral_mcp"], [EPHEMERAL], (502, "integrations.0")),  # nobody listens there
 ])
 def test_integrations_need_the_tokens_permission(guarded, permissions, integrations, expected):
     """C-015."""

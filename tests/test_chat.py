@@ -223,7 +223,7 @@ def test_control_tokens_in_a_message_are_plain_text(chat_of):
     ({"reasoning": "off"}, ("invalid_value", "reasoning")),                          # C-102
     ({"context_length": 8193}, ("invalid_value", "context_length")),                 # C-042
     ({"previous_response_id": "resp_0"}, ("previous_response_not_found", "previous_response_id")),  # C-089
-    ({"integrations": ["mcp/x"]}, ("not_implemented", "integrations")),
+    ({"integrations": ["mcp/x"]}, ("plugin_not_found", "integrations.0")),           # C-112
     ({"input": "x" * 5000}, ("context_length_exceeded", "input")),                   # C-104
 ])
 def test_a_request_is_refused_before_the_first_event(chat_of, fields, expected):

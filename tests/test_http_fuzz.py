@@ -27,7 +27,7 @@ N_BODIES = int(CHOSEN or 20_000)
 BATCH = 20  # bodies of one example
 CHAT, MODELS = "/api/v1/chat", "/api/v1/models"
 THINKER, EMBEDDER = "test/thinker", "test/embedder"
-STATUSES = {200, 400, 403, 404, 501}
+STATUSES = {200, 400, 403, 404, 501, 502}
 
 FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None,
         "derandomize": CHOSEN is None}

@@ -16,7 +16,7 @@ from tinychat.library import Library, data_folder, loaded, memory, residents
 from tinychat.library.entry import describe
 from tinychat.models import build_program
 from tinychat.ops.program import PAGE_TOKENS
-from tinychat.text.template import ChatTemplate, source_of
+from tinychat.text.prompt.template import ChatTemplate, source_of
 
 SWITCH = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
 SWITCH_OFF = "{% if thinking is defined and thinking %}<think>{% endif %}{# </think> #}"

@@ -424,8 +424,8 @@ def test_a_stream_passes_the_contract_and_gives_the_same_result(serve):
     ({"previous_response_id": "resp_0"}, (400, "previous_response_not_found", "previous_response_id")),
     ({"reasoning": "on"}, (400, "invalid_value", "reasoning")),
     ({"integrations": ["mcp/x"]}, (403, "permission_denied", "integrations.0")),     # C-110
-        ({"integrations": [{"type": "ephemeral_mcp", "server_label": "x", "server_url": "http://h"}]},
-         (501, "not_implemented", "integrations")),
+        ({"integrations": [{"type": "ephemeral_mcp", "server_label": "x", "server_url": "http://127.0.0.1:9"}]},
+         (502, "connection_failed", "integrations.0")),                              # C-115
     ({"input": "x" * 9000}, (400, "context_length_exceeded", "input")),              # C-104
 ])
 def test_a_refused_chat_is_a_json_error_streaming_or_not(serve, fields, expected, stream):

@@ -44,6 +44,7 @@ EVENTS = [Event("7", "add"), Event("\n\n x", "message", "5"), Event("last é", "
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
 def test_a_stream_reads_the_same_in_pieces_of_any_size(size):
+    """M-039, M-040."""
     assert decode(STREAM, size) == EVENTS
 
 
@@ -53,12 +54,22 @@ def test_retry_is_kept():
     assert decoder.retry_ms == 250
 
 
+def test_an_id_counts_when_its_event_has_ended_with_or_without_data():
+    """M-030, M-039."""
+    decoder = Decoder()
+    assert decoder.feed(b"id: 1\nretry: soon\n") == [] and decoder.last_id == ""
+    assert decoder.feed(b"\nid: 2\ndata: x") == [] and decoder.last_id == "1"
+    assert decoder.retry_ms is None
+    assert decoder.feed(b"\r\n\r\n") == [Event("x", "message", "2")] and decoder.last_id == "2"
+
+
 @given(st.binary(max_size=200), st.integers(1, 9))
 def test_pieces_never_change_the_events_of_any_bytes(data, size):
     assert decode(data, size) == decode(data)
 
 
 def test_an_endless_event_is_refused_and_endless_comments_are_not():
+    """M-042."""
     with pytest.raises(EventTooLarge):
         Decoder(max_event_bytes=1000).feed(b"data: " + b"x" * 2000)
     decoder = Decoder(max_event_bytes=1000)

@@ -8,8 +8,8 @@ from datetime import date
 import pytest
 
 from tinychat.errors import InvalidRequest, TemplateError
-from tinychat.text import sandbox
-from tinychat.text.template import MARK_CLOSE, MARK_OPEN, ChatTemplate, render
+from tinychat.text.prompt import sandbox
+from tinychat.text.prompt.template import MARK_CLOSE, MARK_OPEN, ChatTemplate, render
 
 USER = [{"role": "user", "content": "Hé"}]
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Now", "parameters": {
@@ -90,8 +90,9 @@ def test_a_template_reaches_nothing_of_the_interpreter(source):
 
 def test_what_a_template_changes_is_a_copy():
     messages, tools, names = [dict(USER[0])], [WEATHER], ["a"]
-    source = "{{ messages.pop() and '' }}{{ tools.pop() and '' }}{{ names.append('b') or names }}"
-    assert render(source, messages, tools, names=names) == "['a', 'b']"
+    source = ("{{ messages.pop() and '' }}{{ tools.pop().function.name }}"
+              "{{ names is defined and names.append('b') or names }}")
+    assert render(source, messages, tools, names=names) == "weather['a', 'b']"
     assert (messages, tools, names) == ([USER[0]], [WEATHER], ["a"])
 
 

@@ -9,12 +9,13 @@ from tinychat import errors
 from tinychat.errors import TinychatError
 
 if TYPE_CHECKING:
-    from tinychat.api import Model, load, load_tokenizer, serve
+    from tinychat.api import Model, load, load_tokenizer, parse_output, render, serve
 
 __version__ = "0.1.0"
-__all__ = ["Model", "TinychatError", "errors", "load", "load_tokenizer", "serve"]
+__all__ = ["Model", "TinychatError", "errors", "load", "load_tokenizer", "parse_output", "render",
+           "serve"]
 
-_FROM_API = ("Model", "load", "load_tokenizer", "serve")
+_FROM_API = ("Model", "load", "load_tokenizer", "parse_output", "render", "serve")
 
 
 def __getattr__(name: str):

@@ -16,10 +16,13 @@ from tinychat.errors import InvalidRequest, TinychatError
 from tinychat.gguf_file import open_gguf
 from tinychat.library import Library
 from tinychat.store import IN_MEMORY, Store
+from tinychat.text.prompt.template import ChatTemplate, render
+from tinychat.text.reply.parse import items, parser_for, schemas_of
 from tinychat.text.tokenizer import Tokenizer
 
 Name = str | os.PathLike  # a key of the library, a name of the catalogue, or a file's path
 STORE_NAME = "responses.sqlite3"
+__all__ = ["Model", "Serving", "load", "load_tokenizer", "parse_output", "render", "serve"]
 LIBRARY_OPTIONS = signature(Library).parameters.keys()
 
 
@@ -47,6 +50,20 @@ def load_tokenizer(path: str | os.PathLike) -> "Vocabulary":
     """The tokenizer of a GGUF file, which may hold nothing else. Raises: ModelFileError."""
     with open_gguf(path) as file:
         return Vocabulary(Tokenizer.from_metadata(file.metadata))
+
+
+def parse_output(text: str, template: str, tools: Iterable[dict] = (), prefill: str = "",
+                 cut: bool = False) -> list[dict]:
+    """What a model wrote, control tokens spelled out, as the items of a chat's output.
+
+    template: the source of the model's chat template, which shows how it writes calls and thoughts.
+    tools: those offered, as OpenAI-style functions. prefill: the end of the prompt that belongs to
+    the assistant's turn. cut: the token limit ended it.
+    Items: reasoning and message with `content`, tool_call with `tool` and `arguments`,
+    invalid_tool_call with `reason` and `metadata`; none when there is nothing to show.
+    """
+    parser = parser_for(ChatTemplate(template).format, schemas_of(tools), prefill)
+    return items([*parser.feed(text), *parser.finish(cut)])
 
 
 def serve(models: "Name | Model | Iterable[Name]" = (), *, host: str = "127.0.0.1",

@@ -1,11 +1,11 @@
-"""What comes of one run: the items of its text with their events, and the figures of `stats`."""
+"""What comes of one run: its items with their events, and the figures of `stats`."""
 from dataclasses import dataclass
 
 
 class Output:
-    """Turns a splitter's pieces into text events and collects the items that they make.
+    """Turns a parser's pieces and calls into events, and collects the items that they make.
 
-    The splitter has kept the contract's rules on white space; here pieces of one channel become one
+    The parser has kept the contract's rules on white space; here pieces of one channel become one
     item, and a run that shows nothing becomes one empty message.
     """
 
@@ -13,6 +13,7 @@ class Output:
         self.items: list[dict] = []
         self._open: str | None = None
         self._pieces: list[str] = []
+        self._call: dict | None = None  # tool, provider_info, then arguments
 
     def feed(self, channel: str, text: str) -> list[dict]:
         """The events of one piece; channel is "reasoning" or "message"."""
@@ -32,6 +33,33 @@ class Output:
         self._pieces = []
         return [{"type": f"{kind}.end"}]
 
+    # -- tool calls, one after the other
+
+    @property
+    def in_call(self) -> bool:
+        return self._call is not None
+
+    def begin_call(self, tool: str, provider_info: dict) -> list[dict]:
+        self._call = {"tool": tool, "provider_info": provider_info}
+        return [*self.close(), {"type": "tool_call.start", **self._call}]
+
+    def call_arguments(self, arguments: dict) -> dict:
+        self._call["arguments"] = arguments
+        return {"type": "tool_call.arguments", **self._call}
+
+    def end_call(self, output: str) -> dict:
+        """The tool has answered."""
+        call, self._call = {**self._call, "output": output}, None
+        self.items.append({"type": "tool_call", **call})
+        return {"type": "tool_call.success", **call}
+
+    def fail_call(self, reason: str, metadata: dict) -> list[dict]:
+        """The call was never made."""
+        self._call = None
+        events = self.close()
+        self.items.append({"type": "invalid_tool_call", "reason": reason, "metadata": metadata})
+        return [*events, {"type": "tool_call.failure", "reason": reason, "metadata": metadata}]
+
     def finish(self) -> list[dict]:
         """Ends a run that did not fail."""
         events = self.close()
@@ -43,43 +71,56 @@ class Output:
 
 @dataclass
 class Stats:
-    """The figures of one request; times are time.perf_counter() seconds."""
+    """The figures of one request; times are time.perf_counter() seconds.
+
+    n_input: tokens of the first prompt. The others are sums over the rounds.
+    """
 
     n_input: int = 0
+    n_cached: int = 0
     n_output: int = 0
     n_reasoning: int = 0
-    prompt_started: float = 0.0
-    prompt_done: float = 0.0
+    first_started: float = 0.0   # the first prompt's start, and the first token of all
     first_token: float = 0.0
-    last_token: float = 0.0
     load_time_s: float | None = None
-    n_held: int = 0      # tokens since the last piece of reasoning: more of it, or its end marker
-    in_reasoning: bool = False
+    _started: float = 0.0        # of this round
+    _prompt_done: float = 0.0
+    _last_token: float = 0.0
+    _decode_s: float = 0.0       # of the rounds before
+    _prefill: tuple[int, float] = (0, 0.0)
+
+    def begin_prompt(self, t: float):
+        self.first_started = self.first_started or t
+        self._decode_s += self._round_s()
+        self._started, self._prompt_done = t, 0.0
+
+    def end_prompt(self, t: float, n_computed: int = 0):
+        n, seconds = self._prefill
+        self._prefill = n + n_computed, seconds + t - self._started
+        self._prompt_done = self._last_token = t
 
     def token(self, t: float):
         self.n_output += 1
         self.first_token = self.first_token or t
-        self.last_token = t
+        self._last_token = t
 
-    def split(self, channels: list[str], n: int = 1):
-        """Counts `n` tokens as reasoning or not, by the channels of the text that they released."""
-        if self.in_reasoning or "reasoning" in channels:
-            self.n_held += n
-        if "reasoning" in channels:  # text that was held to the end has been some token's
-            self.n_reasoning += self.n_held or self.n_reasoning == 0
-            self.n_held = 0
-        if channels:
-            self.in_reasoning = channels[-1] == "reasoning"
-            self.n_held *= self.in_reasoning
+    def _round_s(self) -> float:
+        return self._last_token - self._prompt_done if self._prompt_done else 0.0
 
     @property
     def decode_rate(self) -> float:
-        """Tokens per second from the end of the prompt to the last token, 0 without tokens."""
-        elapsed = max(self.last_token - self.prompt_done, 1e-6)
+        """Tokens per second from the ends of the prompts to the last tokens, 0 without tokens."""
+        elapsed = max(self._decode_s + self._round_s(), 1e-6)
         return self.n_output / elapsed if self.n_output else 0.0
 
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens per second that were computed of the prompts, 0 before the first was done."""
+        n, seconds = self._prefill
+        return n / max(seconds, 1e-6) if n else 0.0
+
     def to_json(self) -> dict:
-        wait = max(self.first_token - self.prompt_started, 0.0) if self.n_output else 0.0
+        wait = max(self.first_token - self.first_started, 0.0) if self.n_output else 0.0
         stats = {"input_tokens": self.n_input, "total_output_tokens": self.n_output,
                  "reasoning_output_tokens": self.n_reasoning,
                  "tokens_per_second": self.decode_rate, "time_to_first_token_seconds": wait}

@@ -40,6 +40,7 @@ class Decoder:
 
     def __init__(self, max_event_bytes: int = 1 << 26):
         self.retry_ms: int | None = None
+        self.last_id = ""              # of the last event that has ended, be it without data
         self._text = codecs.getincrementaldecoder("utf-8")("replace")
         self._limit = max_event_bytes
         self._rest: list[str] = []     # pieces of a line that has not ended yet
@@ -98,4 +99,5 @@ class Decoder:
     def _dispatch(self) -> list[Event]:
         data, name = self._data, self._name or "message"
         self._data, self._name, self._size = [], "", 0
+        self.last_id = self._id
         return [Event("\n".join(data), name, self._id)] if data else []

@@ -13,7 +13,7 @@ from gguf.constants import LlamaFileType
 
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import GGUFFile, open_gguf
-from tinychat.text.template import ChatTemplate, source_of
+from tinychat.text.prompt.template import ChatTemplate, source_of
 
 QUANT_SUFFIX = re.compile(r"[-._](I?Q\d\w*|[BF]\d{2}|MXFP4\w*)$", re.IGNORECASE)  # model-Q4_K_M
 QUANT = re.compile(  # anywhere in a name of capitals
@@ -141,8 +141,8 @@ def _n_values(file: GGUFFile) -> int:
 def _capabilities(metadata: dict) -> dict:
     template = ChatTemplate(source_of(metadata))
     found = {"vision": False, "trained_for_tool_use": "tools" in (template.source or "")}
-    if template.reasoning_markers:  # without them no thought could be told from the answer
-        found["reasoning"] = template.reasoning
+    if reasoning := template.reasoning:
+        found["reasoning"] = reasoning
     return found
 
 

@@ -14,7 +14,7 @@ from tinychat.library.memory import MemoryPlan, available_memory, plan_memory
 from tinychat.models import build_program
 from tinychat.ops import open_executor, why_reference
 from tinychat.ops.program import Program
-from tinychat.text.template import ChatTemplate
+from tinychat.text.prompt.template import ChatTemplate
 from tinychat.text.tokenizer import Tokenizer
 
 CHUNK = 512  # tokens of one prefill step

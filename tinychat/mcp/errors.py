@@ -27,6 +27,13 @@ class McpError(TinychatError):
         super().__init__(one_line(message), code=code)
         self.rpc_code, self.data, self.http_status = rpc_code, data, http_status
 
+    def named(self, where: str) -> "McpError":
+        """Itself, with a message that says where it happened."""
+        if where not in self.message:
+            self.message = one_line(f"{where}: {self.message}")
+            self.args = (self.message,)
+        return self
+
 
 class Refused(McpError):
     """Not done, by a rule of ours: an address, a header, a redirect, a setting."""
@@ -34,6 +41,18 @@ class Refused(McpError):
 
 class Unreachable(McpError):
     """No connection, no process, or it broke."""
+
+
+class NotConnected(Unreachable):
+    """It was never reached: no address, no connection, no valid certificate."""
+
+
+class SessionLost(Unreachable):
+    """The server knows us no more, and has done nothing of this request.
+
+    Whoever greets it anew (`initialize`) may send the request again, once. A transport raises this
+    before it sends a request to a process that was started again, too.
+    """
 
 
 class ProtocolError(McpError):

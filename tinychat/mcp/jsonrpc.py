@@ -5,6 +5,7 @@ Source: the MCP specification, "Base protocol"; JSON-RPC 2.0.
 import itertools
 import json
 import logging
+import re
 from typing import Any
 
 from tinychat.mcp.errors import ProtocolError, ServerError
@@ -12,6 +13,16 @@ from tinychat.mcp.errors import ProtocolError, ServerError
 log = logging.getLogger(__name__)
 
 METHOD_NOT_FOUND = -32601
+INVALID_PARAMS = -32602
+HEADER_MISMATCH = -32020
+MISSING_CAPABILITY = -32021
+UNSUPPORTED_VERSION = -32022
+
+MAX_DEPTH = 200  # of what a tool answers; json itself gives up near the depth of Python's own stack
+
+# One escape of JSON text at a time; group 1: half of a surrogate pair that lacks the other.
+_ESCAPE = re.compile(r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+                     r"|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL)
 
 
 class Ids:
@@ -44,17 +55,29 @@ def dumps(message: dict) -> bytes:
 
 
 def loads(data: bytes | str) -> Any:
-    """Raises: ProtocolError, whatever `data` is. NaN and infinities are no JSON."""
+    """A value that can be encoded again: lone surrogates become U+FFFD.
+
+    Raises: ProtocolError, whatever `data` is. NaN and infinities are no JSON.
+    """
     try:
         if isinstance(data, bytes):
             data = data.decode("utf-8-sig", "replace")
-        return json.loads(data, parse_constant=_no_number)
+        if "\\ud" in data or "\\uD" in data:
+            data = _ESCAPE.sub(lambda escape: "\\ufffd" if escape[1] else escape[0], data)
+        return json.loads(data, parse_constant=_no_number, parse_float=_float)
     except (ValueError, RecursionError) as error:  # also integers of more than 4300 digits
         raise ProtocolError(f"expected JSON, got {data[:60]!r}: {error}") from None
 
 
 def _no_number(name: str):
     raise ValueError(f"{name} is no JSON number")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text[:20]} is too large")
+    return value
 
 
 def members(value: Any) -> list[dict]:
@@ -67,12 +90,18 @@ def members(value: Any) -> list[dict]:
 
 
 def kind_of(message: Any) -> str | None:
-    """"request", "notification" or "answer"; None for noise."""
+    """"request", "notification" or "answer"; None for noise.
+
+    An object with nothing but an integer id is an answer too, if a broken one: whoever waits for
+    it shall not wait in vain.
+    """
     if not isinstance(message, dict):
         return None
     if isinstance(message.get("method"), str):
         return "request" if message.get("id") is not None else "notification"
-    return "answer" if "result" in message or "error" in message else None
+    if "result" in message or "error" in message or type(message.get("id")) is int:
+        return "answer"
+    return None
 
 
 def answers(message: dict, id: int) -> bool:
@@ -127,6 +156,17 @@ def shows_progress(message: dict, id: int) -> bool:
     """Is this a sign of life of the request `id`, whose id is its progress token?"""
     token = progress_token(message)
     return type(token) is int and token == id
+
+
+def check_depth(value: Any) -> None:
+    """Raises: ProtocolError for what is nested so deep that later code might stumble over it."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level if isinstance(outer, (dict, list))
+                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        if not level:
+            return
+    raise ProtocolError(f"expected at most {MAX_DEPTH} levels of nesting, got more")
 
 
 def json_type(value: Any) -> str:

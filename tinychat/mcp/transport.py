@@ -21,7 +21,8 @@ class Transport(Protocol):
         Progress for its id keeps `watch` alive; requests of the server are answered meanwhile. When
         the watch ends it, the server is told (notifications/cancelled, or a closed connection).
         headers: for this request alone (HTTP; ignored elsewhere).
-        Raises: McpError.
+        Raises: SessionLost where the server must be greeted before it takes this request, which it
+        has not done: a session that is gone, a process that was started again. Else McpError.
         """
 
     def notify(self, message: dict, watch: Watch) -> None:

@@ -37,13 +37,14 @@ LIST_METHODS = {"append", "extend", "insert", "pop", "remove"}
 class Budget:
     """What one rendering may still spend."""
 
-    def __init__(self):
+    def __init__(self, seconds: float | None = None):
         self.n_chars = self.n_copied = 0
-        self.deadline = time.monotonic() + MAX_SECONDS
+        self.seconds = MAX_SECONDS if seconds is None else seconds
+        self.deadline = time.monotonic() + self.seconds
 
     def tick(self) -> None:
         if time.monotonic() > self.deadline:
-            raise SecurityError(f"still running after {MAX_SECONDS:g} seconds")
+            raise SecurityError(f"still running after {self.seconds:g} seconds")
 
     def copy(self, n: int) -> None:
         """Counts the characters or items that an operation is about to put together."""

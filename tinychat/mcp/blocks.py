@@ -1,0 +1,123 @@
+"""What a tool answered, as the model reads it and as the user sees it. Pure."""
+import base64
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from tinychat.mcp import jsonrpc
+from tinychat.mcp.errors import one_line
+from tinychat.mcp.results import CallResult
+
+MAX_SHOWN = 300  # characters of a type, a name or an address in a note
+
+_HALVES = re.compile("[\ud800-\udfff]")  # of characters: they have no UTF-8
+
+
+def text_for_model(result: CallResult, budget: int | Callable[[str], bool] | None = None) -> str:
+    """The texts, and notes in place of what is none; what is beyond the budget loses its middle.
+
+    budget: the most characters, or a test whether a text fits, or None for no end.
+    """
+    text = "\n".join(map(_shown, _blocks(result)))
+    if result.is_error and not text:
+        text = "Error: the tool failed and said nothing"
+    text = _HALVES.sub("\ufffd", text)
+    if budget is None:
+        return text
+    return cut_to_fit(text, budget if callable(budget) else lambda cut: len(cut) <= budget)
+
+
+def output_of(result: CallResult) -> str:
+    """JSON text of the blocks as the server sent them: a tool call's `output` in the contract."""
+    return _HALVES.sub("\ufffd", _json(_blocks(result)))
+
+
+def text_output(text: str) -> str:
+    """The same for a call that came to no result: one text that says why."""
+    return output_of(CallResult([_text_block(text)], None, True))
+
+
+def cut_to_fit(text: str, fits: Callable[[str], bool]) -> str:
+    """Without as much of its middle as it takes, and with a line there that says how much."""
+    if fits(text):
+        return text
+    least, most = 0, len(text)  # characters to keep
+    while least < most:
+        half = (least + most + 1) // 2
+        least, most = (half, most) if fits(_without_middle(text, half)) else (least, half - 1)
+    cut = _without_middle(text, least)
+    return cut if fits(cut) else ""
+
+
+def _without_middle(text: str, n_kept: int) -> str:
+    n_end = n_kept // 2
+    return text[:n_kept - n_end] + _mark(len(text) - n_kept) + text[len(text) - n_end:]
+
+
+def _mark(n_missing: int) -> str:
+    return f"\n[... {n_missing} characters are left out here ...]\n"
+
+
+def _blocks(result: CallResult) -> list:
+    """Structured content counts where nothing else is text: else it says the same again."""
+    if result.structured is None or any(map(_text_of, result.content)):
+        return result.content
+    return [*result.content, _text_block(_json(result.structured))]
+
+
+def _text_of(block: Any) -> str:
+    """Of a text block; empty for others."""
+    is_text = isinstance(block, dict) and block.get("type") == "text"
+    return block["text"] if is_text and isinstance(block.get("text"), str) else ""
+
+
+def _text_block(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+# ---- one block for the model
+
+def _shown(block: Any) -> str:
+    if not isinstance(block, dict):
+        return f"[expected a block of content, got {jsonrpc.json_type(block)}]"
+    kind = block.get("type")
+    if kind == "text" and isinstance(block.get("text"), str):
+        return block["text"]
+    if kind in ("image", "audio"):  # NOTE: an image becomes a part of its own for models that see
+        return f"[{kind} {_word(block, 'mimeType')}, {_size(block.get('data'))}]"
+    if kind == "resource" and isinstance(block.get("resource"), dict):
+        return _resource(block["resource"])
+    if kind == "resource_link":
+        return f"[resource {_word(block, 'name')}: {_word(block, 'uri')}]"
+    return f"[a block of a kind that is not shown: {_word(block, 'type')}]"
+
+
+def _resource(resource: dict) -> str:
+    if isinstance(resource.get("text"), str):
+        return f"{_word(resource, 'uri')}\n{resource['text']}"
+    return (f"[resource {_word(resource, 'uri')}, {_word(resource, 'mimeType')}, "
+            f"{_size(resource.get('blob'))}]")
+
+
+def _word(of: dict, key: str) -> str:
+    """A short text of the server's."""
+    value = of.get(key)
+    return one_line(value, MAX_SHOWN) if isinstance(value, str) and value else f"without {key}"
+
+
+def _size(data: Any) -> str:
+    if not isinstance(data, str):
+        return "without data"
+    try:
+        n_bytes = len(base64.b64decode("".join(data.split()), validate=True))
+    except ValueError:  # also for what is not ASCII
+        return "which is no valid base64"
+    for unit, step in (("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= step:
+            return f"{n_bytes / step:.0f} {unit}"
+    return f"{n_bytes} bytes"
