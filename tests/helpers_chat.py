@@ -117,7 +117,7 @@ class ScriptedEngine:
         self.idle = threading.Condition()
 
     def submit(self, ids, *, params, max_tokens, stop_ids, n_ctx=None, seed=None,
-               on_finish=lambda: None):
+               guide=None, on_finish=lambda: None):
         limit = min(n_ctx or self.n_ctx, self.n_ctx)
         if len(ids) >= limit:
             raise ContextOverflow(f"prompt of {len(ids)} tokens, context of {limit}", param="input")
@@ -210,6 +210,7 @@ class ScriptedModel:
         self.template = ChatTemplate(REASONING_TEMPLATE if "reasoning" in entry.capabilities else TEMPLATE,
                                      special=SPECIAL)
         self.context_length, self.defaults, self.n_users = context_length, SamplingParams(), 0
+        self.trie = None  # nobody samples here
 
     def to_json(self):
         return {"id": self.entry.key, "config": {"context_length": self.context_length, "parallel": 4}}

@@ -85,7 +85,7 @@ def test_a_model_that_draws_what_is_allowed_is_never_stuck(tokenizer):
 
 
 def test_encoded_calls_are_allowed_token_by_token(tokenizer):
-    trie, state = TokenTrie(tokenizer), call_state()
+    trie, state = TokenTrie(tokenizer, "</tool_call>"), call_state()
     for id in tokenizer.encode(TEXT, special=True):
         assert trie.allowed(state, id), tokenizer.token_bytes(id)
         state = trie.advance(state, id)
@@ -97,10 +97,18 @@ def test_encoded_calls_are_allowed_token_by_token(tokenizer):
 def test_a_marker_that_is_one_token_closes_the_call():
     tokenizer = VOCABULARIES["bytes"](None)
     marker = tokenizer.tokens.index("</tool_call>")
-    trie = TokenTrie(tokenizer)
+    trie = TokenTrie(tokenizer, "<tool_call>\n</tool_call>")
     state = call_state().walk(TEXT.removesuffix("</tool_call>").encode())
     assert trie.mask(state)[marker] and trie.advance(state, marker).done
     assert not trie.mask(call_state())[marker]
+
+
+def test_a_control_token_that_is_no_part_of_the_format_stands_in_no_string():
+    tokenizer = VOCABULARIES["bytes"](None)
+    marker = tokenizer.tokens.index("</tool_call>")
+    inside = call_state().walk(TEXT[:TEXT.rindex('"')].encode())
+    assert not TokenTrie(tokenizer).mask(inside)[marker]
+    assert TokenTrie(tokenizer, "</tool_call>").mask(inside)[marker]
 
 
 def test_a_vocabulary_without_the_bytes_that_are_needed_has_no_mask():

@@ -10,7 +10,7 @@ from typing import Any
 
 from tinychat.chat.history import CallIds, messages_of, round_messages
 from tinychat.chat.prompts import Prompts
-from tinychat.chat.round import Round
+from tinychat.chat.round import Prompt, Round
 from tinychat.chat.settings import ChatSettings
 from tinychat.chat.toolbox import Toolbox
 from tinychat.contract import ChatRequest
@@ -22,6 +22,7 @@ from tinychat.mcp.results import CallResult
 from tinychat.mcp.tools import output_of
 from tinychat.output import Output, Stats
 from tinychat.store import Store, Turn
+from tinychat.text.guide.caller import CallGuide
 from tinychat.text.reply.calls import Call, CallStarted, InvalidCall
 from tinychat.text.reply.emitter import Event
 
@@ -170,7 +171,7 @@ class Chat:
         self._begin(self.prompts.first(self.messages))
         self.stats.n_input = len(self.round.prompt.ids)
 
-    def _begin(self, prompt):
+    def _begin(self, prompt: Prompt):
         """Queues a prompt. Raises: ContextOverflow, Overloaded, TemplateError."""
         model, request = self.model, self.request
         given = {name: getattr(request, name) for name in SAMPLING_FIELDS
@@ -178,7 +179,16 @@ class Chat:
         on_finish = (lambda: None) if self._holds_model() else lambda: self.library.release(model)
         self.round = Round(model, prompt, check=self._check_stopping, wait_s=self.wait_s,
                            params=replace(model.defaults, **given), max_tokens=self._n_left(),
-                           n_ctx=request.context_length, on_finish=on_finish)
+                           n_ctx=request.context_length, on_finish=on_finish,
+                           guide=self._guide(prompt))
+
+    def _guide(self, prompt: Prompt) -> CallGuide | None:
+        """What keeps the model's calls well-formed."""
+        format = self.model.template.format
+        if not prompt.schemas or format.frame or not self.settings.guide_calls:
+            return None
+        return CallGuide(format, prompt.schemas, prompt.prefill, self.model.tokenizer,
+                         self.model.trie)
 
     def _n_left(self) -> int | None:
         """Tokens that the request may still generate; None: no limit of its own."""

@@ -1,4 +1,4 @@
-"""The commands: serve, chat, pull, list, inspect, bench, token.
+"""The commands: serve, chat, pull, list, inspect, bench, token, mcp.
 
 What was asked for goes to standard output, all else to standard error. Exit codes: 0; 1 for a
 failure; 2 for a command line that makes no sense; 130 after Ctrl-C. Rooms are imported inside the
@@ -10,7 +10,7 @@ import os
 import sys
 
 import tinychat
-from tinychat.cli import commands, talk
+from tinychat.cli import commands, mcp, talk
 from tinychat.cli.settings import SETTINGS, count
 from tinychat.cli.terminal import one_line, say
 from tinychat.errors import TinychatError
@@ -71,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     command("list", commands.list_models, "The models on this machine.")
     _inspect_arguments(command("inspect", commands.inspect, "What is in a model file."))
     _token_arguments(command("token", commands.token, "Who may use a server with --require-auth."))
+    _mcp_arguments(command("mcp", mcp.mcp, "The servers of mcp.json, their tools, and calls."))
     _bench_arguments(command("bench", commands.bench, "Load time, speed and memory of a model, "
                              "beside the machine's limits."))
     return parser
@@ -113,6 +114,22 @@ def _token_arguments(sub: argparse.ArgumentParser) -> None:
     actions.add_parser("list", help="names, permissions and dates; not the tokens")
     revoke = actions.add_parser("revoke", help="end a token at once, also for running servers")
     revoke.add_argument("name", metavar="NAME")
+
+
+def _mcp_arguments(sub: argparse.ArgumentParser) -> None:
+    file = argparse.ArgumentParser(add_help=False)
+    file.add_argument("--mcp-json", metavar="FILE",
+                      help="the servers (default: mcp.json in the data folder)")
+    actions = sub.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="the servers of mcp.json", parents=[file])
+    tools = actions.add_parser("tools", help="what a server offers", parents=[file])
+    call = actions.add_parser("call", help="use one tool", parents=[file])
+    for action in (tools, call):
+        action.add_argument("server", metavar="LABEL|URL", help="of mcp.json, or of a server that "
+                            "speaks Streamable HTTP or HTTP with SSE")
+    call.add_argument("tool", metavar="TOOL")
+    call.add_argument("arguments", metavar="JSON", nargs="?", default="{}",
+                      help="an object with the tool's arguments (default: {})")
 
 
 def _inspect_arguments(sub: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinychat.engine.sampler import Sampler, SamplingParams
+from tinychat.engine.sampler import Guide, Sampler, SamplingParams
 from tinychat.engine.sequence import Finished, Sequence
 from tinychat.engine.stepper import Stepper
 from tinychat.errors import (
@@ -69,10 +69,11 @@ class Engine:
 
     def submit(self, ids: list[int], *, params: SamplingParams = SamplingParams(),
                max_tokens: int | None = None, stop_ids: frozenset[int] = frozenset(),
-               n_ctx: int | None = None, seed: int | None = None,
+               n_ctx: int | None = None, seed: int | None = None, guide: Guide | None = None,
                on_finish: Callable[[], None] = lambda: None) -> Sequence:
         """Queue a prompt. n_ctx limits this sequence further; max_tokens None: to the end of n_ctx.
 
+        guide: judges each token on the engine's thread.
         on_finish: called once, when the engine has done with it, however slowly its updates are
         read; by any thread, with locks held: it must be short.
         Raises: ContextOverflow when the prompt leaves no room for a token; InvalidRequest when it
@@ -84,7 +85,7 @@ class Engine:
         if max_tokens is not None and max_tokens < 1:
             raise InvalidRequest(f"expected max_tokens of at least 1, got {max_tokens}",
                                  param="max_tokens")
-        seq = Sequence(ids, sampler=Sampler(params, seed), max_tokens=max_tokens,
+        seq = Sequence(ids, sampler=Sampler(params, seed, guide), max_tokens=max_tokens,
                        stop_ids=stop_ids, n_ctx=n_ctx, on_finish=on_finish)
         with self._wake:
             self._check_open()

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from tinychat.engine.engine import Engine
 from tinychat.engine.sampler import SamplingParams
@@ -14,6 +15,7 @@ from tinychat.library.memory import MemoryPlan, available_memory, plan_memory
 from tinychat.models import build_program
 from tinychat.ops import open_executor, why_reference
 from tinychat.ops.program import Program
+from tinychat.text.guide import TokenTrie
 from tinychat.text.prompt.template import ChatTemplate
 from tinychat.text.tokenizer import Tokenizer
 
@@ -68,6 +70,11 @@ class LoadedModel:
     on_demand: bool = False
     ttl_s: float | None = None
     idle_since: float = field(default_factory=time.monotonic)
+
+    @cached_property
+    def trie(self) -> TokenTrie:
+        """The vocabulary as the guidance of tool calls needs it, built when it is first used."""
+        return TokenTrie(self.tokenizer, self.template.format.texts()).prepare()
 
     @property
     def eval_batch_size(self) -> int:

@@ -2,11 +2,10 @@
 import base64
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 from tinychat.mcp import jsonrpc
-from tinychat.mcp.errors import one_line
+from tinychat.mcp.errors import McpError, ServerError, one_line
 from tinychat.mcp.results import CallResult
 
 MAX_SHOWN = 300  # characters of a type, a name or an address in a note
@@ -14,18 +13,12 @@ MAX_SHOWN = 300  # characters of a type, a name or an address in a note
 _HALVES = re.compile("[\ud800-\udfff]")  # of characters: they have no UTF-8
 
 
-def text_for_model(result: CallResult, budget: int | Callable[[str], bool] | None = None) -> str:
-    """The texts, and notes in place of what is none; what is beyond the budget loses its middle.
-
-    budget: the most characters, or a test whether a text fits, or None for no end.
-    """
+def text_for_model(result: CallResult, budget_chars: int) -> str:
+    """The texts, and notes in place of what is none; too long a whole loses its middle."""
     text = "\n".join(map(_shown, _blocks(result)))
     if result.is_error and not text:
         text = "Error: the tool failed and said nothing"
-    text = _HALVES.sub("\ufffd", text)
-    if budget is None:
-        return text
-    return cut_to_fit(text, budget if callable(budget) else lambda cut: len(cut) <= budget)
+    return cut(_HALVES.sub("\ufffd", text), budget_chars)
 
 
 def output_of(result: CallResult) -> str:
@@ -33,24 +26,19 @@ def output_of(result: CallResult) -> str:
     return _HALVES.sub("\ufffd", _json(_blocks(result)))
 
 
-def text_output(text: str) -> str:
-    """The same for a call that came to no result: one text that says why."""
-    return output_of(CallResult([_text_block(text)], None, True))
+def failure(error: McpError) -> CallResult:
+    """A call that came to nothing, as a result that the model can read."""
+    said = "" if isinstance(error, ServerError) else "the call failed: "
+    return CallResult([_text_block(f"Error: {said}{error.message}")], None, True)
 
 
-def cut_to_fit(text: str, fits: Callable[[str], bool]) -> str:
-    """Without as much of its middle as it takes, and with a line there that says how much."""
-    if fits(text):
+def cut(text: str, n_most: int) -> str:
+    """Without its middle, where a line says how much is missing."""
+    if len(text) <= n_most:
         return text
-    least, most = 0, len(text)  # characters to keep
-    while least < most:
-        half = (least + most + 1) // 2
-        least, most = (half, most) if fits(_without_middle(text, half)) else (least, half - 1)
-    cut = _without_middle(text, least)
-    return cut if fits(cut) else ""
-
-
-def _without_middle(text: str, n_kept: int) -> str:
+    n_kept = n_most - len(_mark(len(text)))
+    if n_kept <= 0:
+        return text[:max(0, n_most)]
     n_end = n_kept // 2
     return text[:n_kept - n_end] + _mark(len(text) - n_kept) + text[len(text) - n_end:]
 

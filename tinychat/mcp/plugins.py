@@ -7,7 +7,8 @@ import atexit
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tinychat.mcp.client import Client
@@ -32,27 +33,6 @@ def plugin_error(error: McpError, label: str) -> McpError:
     return error.named(label)
 
 
-class Lease:
-    """A plugin in use: a connected client, until `release` or the end of a `with`."""
-
-    def __init__(self, client: Client, timeout_ms: int | None, give_back: Callable[[], None]):
-        self.client, self._give_back = client, give_back
-        self.timeout_ms = timeout_ms  # of a call without a sign of life, if mcp.json says so
-        self._lock = threading.Lock()
-
-    def release(self) -> None:
-        """May be called again."""
-        with self._lock:
-            give_back, self._give_back = self._give_back, lambda: None
-        give_back()
-
-    def __enter__(self) -> "Lease":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.release()
-
-
 class Plugins:
     """All plugins of one mcp.json. Ends with the program, if it is not closed before."""
 
@@ -74,21 +54,29 @@ class Plugins:
         """The label that `mcp/<label>` means. Raises: UnknownPlugin, which lists the known ones."""
         return self._entry(id).label
 
-    def acquire(self, id: str, watch: Watch) -> Lease:
-        """A connected client. watch: for the wait until it is there.
+    def timeout_ms(self, label: str) -> int | None:
+        """How long a call may take without a sign of life, if mcp.json says so.
+
+        Raises: UnknownPlugin.
+        """
+        return self._entry(PREFIX + label).timeout_ms
+
+    @contextmanager
+    def acquire(self, label: str, watch: Watch) -> Iterator[Client]:
+        """A connected client, to be used inside `with`. watch: for the wait until it is there.
 
         Raises: McpError of type plugin_connection_error, UnknownPlugin among them.
         """
-        entry = self._entry(id)
+        entry = self._entry(PREFIX + label)
         plugin = self._enter(entry)
         try:
-            client = plugin.client(watch)
-        except BaseException as error:
+            try:
+                client = plugin.client(watch)
+            except McpError as error:
+                raise plugin_error(error, entry.label)
+            yield client
+        finally:
             self._leave(plugin)
-            if isinstance(error, McpError):
-                plugin_error(error, entry.label)
-            raise
-        return Lease(client, entry.timeout_ms, lambda: self._leave(plugin))
 
     def close(self) -> None:
         """Stops all, at the same time. May be called again."""

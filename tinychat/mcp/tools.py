@@ -6,12 +6,12 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from tinychat.mcp.blocks import cut_to_fit, output_of, text_for_model, text_output
+from tinychat.mcp.blocks import failure, output_of, text_for_model
 from tinychat.mcp.listing import Tool
 from tinychat.mcp.schemas import prompt_schema
 
-__all__ = ["Exposed", "Tool", "cut_to_fit", "definition", "expose", "output_of", "prompt_schema",
-           "text_for_model", "text_output"]
+__all__ = ["Exposed", "Tool", "definition", "expose", "failure", "output_of", "prompt_schema",
+           "text_for_model"]
 
 MAX_NAME = 64
 MAX_DESCRIPTION = 4_000

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from tinychat.text.reply.grammars.tagged import KEY
-from tinychat.text.guide.automaton import Lazy, State, Symbols, start
-from tinychat.text.guide.calls import Tools
+from tinychat.text.guide.automaton import Lazy, State, Symbols
+from tinychat.text.guide.calls import Tools, in_section
 from tinychat.text.guide.members import Members
 from tinychat.text.guide.pieces import (
     SPACE, a_word, any_of, closing, literal, loose, one_of, optional, until, utf8,
@@ -18,11 +18,14 @@ from tinychat.text.guide.values import Values, object_parts
 
 
 def tagged_call(tools: Tools, *, sep: bytes, key_open: bytes, key_end: bytes, val_close: bytes,
-                close: bytes) -> State:
-    """Known keys are offered, and keys of any name only where the schema knows none."""
+                close: bytes, **section: bytes) -> State:
+    """Known keys are offered, and keys of any name only where the schema knows none.
+
+    section: see `calls.in_section`.
+    """
     tags = _Tags(key_open, key_end, val_close, close)
-    return start((SPACE, one_of((utf8(name), (*loose(sep), tags.members(schema)))
-                                for name, schema in tools)))
+    return in_section(one_of((utf8(name), (*loose(sep), tags.members(schema)))
+                             for name, schema in tools), **section)
 
 
 class _Tags:

@@ -17,12 +17,18 @@ MAX_MASKS = 64             # 10 MB for a vocabulary of 150 000
 
 
 class TokenTrie:
-    """One per model; threads may share it. Control tokens are read as the text they spell; a token
-    of no text is never allowed, and one that ends the generation is wherever a text may end."""
+    """One per model; threads may share it. A token of no text is never allowed, and one that ends
+    the generation is wherever a text may end.
 
-    def __init__(self, tokenizer: Tokenizer):
+    spelled: the literals of the model's format; control tokens with texts in there are read as the
+    text they spell, and others have none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, spelled: str = ""):
         self._tokenizer = tokenizer
         self._ends = frozenset(tokenizer.eog_ids)
+        self._mute = frozenset(id for id in range(tokenizer.n_vocab) if tokenizer.is_control(id)
+                               and tokenizer.tokens[id] not in spelled)
         self._masks: OrderedDict[State, np.ndarray | None] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -31,7 +37,7 @@ class TokenTrie:
         allowed."""
         if id in self._ends:
             return state if state.done else None
-        text = self._tokenizer.token_bytes(id)
+        text = b"" if id in self._mute else self._tokenizer.token_bytes(id)
         return state.walk(text) if text else None
 
     def allowed(self, state: State, id: int) -> bool:
@@ -57,10 +63,16 @@ class TokenTrie:
         mask.flags.writeable = False
         return mask if mask.any() else None
 
+    def prepare(self) -> "TokenTrie":
+        """Builds what would else be built when it is first needed, in the middle of a step."""
+        self._nodes
+        return self
+
     @cached_property
     def _nodes(self) -> "_Nodes":
         """Built when first asked for: 150 000 tokens take half a second."""
-        ids = [id for id in range(self._tokenizer.n_vocab) if id not in self._ends]
+        silent = self._ends | self._mute
+        ids = [id for id in range(self._tokenizer.n_vocab) if id not in silent]
         return _Nodes({id: self._tokenizer.token_bytes(id) for id in ids}, self._tokenizer.n_vocab)
 
 

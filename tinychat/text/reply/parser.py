@@ -46,6 +46,13 @@ class Parser:
         """Has a text ended the turn? What follows it is ignored."""
         return self._over
 
+    @property
+    def call_begun(self) -> tuple[str, str] | None:
+        """(marker, all of its text so far) of the region of calls that is being written; None
+        outside of one, and inside reasoning, where it may be no call."""
+        calls = self._calls
+        return (calls.marker, calls.text) if calls and not calls.in_reasoning else None
+
     def feed(self, text: str) -> list[Event]:
         """What may go out now that `text` has come."""
         if self._calls:
