@@ -21,7 +21,7 @@ WALLS = {
     "store": ("contract",),
     "output": (),
     "chat": ("engine", "text", "mcp", "library", "store", "contract", "output"),
-    "server": ("chat", "sse", "contract", "library", "store"),
+    "server": ("chat", "mcp", "sse", "contract", "library", "store"),
 }
 DOORS = {"cli", "bench", "api", "__init__", "__main__"}  # the doors for people may import everything
 

@@ -1,6 +1,7 @@
 """The door for programs: a model as an object, a tokenizer alone, a server inside the process."""
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -10,11 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from tinychat import chat
-from tinychat.contract import ChatRequest, parse_chat_request, parse_json
+from tinychat.contract import ChatRequest, Plugin as PluginName, parse_chat_request, parse_json
 from tinychat.engine.sequence import Finished, Token
 from tinychat.errors import InvalidRequest, TinychatError
 from tinychat.gguf_file import open_gguf
 from tinychat.library import Library
+from tinychat.mcp.config import MCP_JSON_NAME
+from tinychat.mcp.plugins import Plugins
 from tinychat.store import IN_MEMORY, Store
 from tinychat.text.prompt.template import ChatTemplate, render
 from tinychat.text.reply.parse import items, parser_for, schemas_of
@@ -155,6 +158,8 @@ class Model(Vocabulary):
         self.context_length = loaded.context_length
         self.load_time_seconds = loaded.load_time_seconds
         self._closed = False
+        self._plugins: Plugins | None = None
+        self._lock = threading.Lock()
 
     def chat(self, input: str | list[dict], *, system_prompt: str | None = None,
              stream: bool = False, temperature: float | None = None, top_p: float | None = None,
@@ -170,11 +175,21 @@ class Model(Vocabulary):
         """
         fields = {name: value for name, value in locals().items() if name != "self"}
         self._check_open()
-        events = chat.run(self.library, self.store, chat_request(model=self.key, **fields))
+        request = chat_request(model=self.key, **fields)
+        events = chat.run(self.library, self.store, request,
+                          chat.ChatSettings(plugins=self._plugins_for(request)))
         if stream:
             return events
         with closing(events):
             return chat.fold(events)
+
+    def _plugins_for(self, request: ChatRequest) -> Plugins | None:
+        """The servers of mcp.json in the data folder, once somebody asks for one."""
+        if any(isinstance(one, PluginName) for one in request.integrations):
+            with self._lock:
+                if self._plugins is None:
+                    self._plugins = Plugins(self.library.home / MCP_JSON_NAME)
+        return self._plugins
 
     def render(self, messages: list[dict], tools: list[dict] | None = None,
                **template_kwargs) -> str:
@@ -217,6 +232,8 @@ class Model(Vocabulary):
     def close(self) -> None:
         """Free the model; what still runs on it ends with an error. May be called again."""
         self._closed = True
+        if self._plugins:
+            self._plugins.close()
         self.library.close()
         self.store.close()
 

@@ -13,6 +13,7 @@ from tinychat.cli.terminal import Bar, print_table, printable, say, size
 
 TEMPLATE_LINES = 8
 LONG_VALUE = 60
+FIRST_TOKEN, FIRST_PERMISSIONS = "first", ["chat", "models", "ephemeral_mcp", "mcp"]
 TOKEN_COLUMNS = ("NAME", "PERMISSIONS", "CREATED")
 COLUMNS = ("KEY", "ARCHITECTURE", "PARAMETERS", "QUANTIZATION", "SIZE", "CONTEXT", "PUBLISHER")
 
@@ -27,6 +28,8 @@ def serve(args) -> None:
     decided = check_settings(**settings.of("server"))  # before anything is fetched
     if args.print_config:
         print(settings.toml(ephemeral_mcp=decided.ephemeral_mcp,
+                            require_auth=decided.require_auth,
+                            allow_mcp_json=decided.allow_mcp_json,
                             store=str(data_folder() / STORE_NAME)), end="")
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
@@ -37,6 +40,8 @@ def serve(args) -> None:
         with closing(Store(**store)) as store:
             with closing(make_server(library, store, **settings.of("server"))) as server:
                 loaded = [load_shown(library, key) for key in keys]
+                if decided.mcp_json is not None and not server.tokens.list():
+                    make_first_token(server.tokens)
                 warn_of_openness(server)
                 logging.getLogger("tinychat.access").setLevel(
                     logging.INFO if settings.values["access_log"] else logging.WARNING)
@@ -57,6 +62,13 @@ def warn_of_openness(server) -> None:
             f"asked for.\nWhoever reaches port {server.port} can use this server, its models and "
             f"its disk, and read\nits chats. `--require-auth` asks for a token of `tinychat token "
             f"create`.\n{frame}")
+
+
+def make_first_token(tokens) -> None:
+    """For --mcp-json, which turned on that a token is asked for."""
+    print(tokens.create(FIRST_TOKEN, FIRST_PERMISSIONS), flush=True)
+    say(f"no token existed: the one above, {FIRST_TOKEN!r}, was made and is not shown again; it may "
+        + ", ".join(FIRST_PERMISSIONS))
 
 
 def serve_until_interrupted(server, loaded) -> None:

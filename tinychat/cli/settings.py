@@ -146,14 +146,25 @@ class Setting:
 SETTINGS = (
     Setting("host", address, "127.0.0.1", "where to listen", "server.host"),
     Setting("port", port, 1234, "0 takes a free one", "server.port"),
-    Setting("require_auth", switch, False, "only with a token of `tinychat token create`",
+    Setting("require_auth", switch, None, "only with a token of `tinychat token create`",
             "server.require_auth"),
     Setting("cors", switch, False, "let web pages of any origin in", "server.cors"),
     Setting("ephemeral_mcp", reach, None, "MCP servers that requests bring along: off, at public "
             "addresses, or local ones too (default: local on a loopback address, else off)",
             "server.ephemeral_mcp"),
-    Setting("allow_mcp_json", switch, False, "requests may use the servers of mcp.json; needs "
+    Setting("allow_mcp_json", switch, None, "requests may use the servers of mcp.json; needs "
             "--require-auth", "server.allow_mcp_json"),
+    Setting("mcp_json", file, None, "use the servers of this file: turns on --allow-mcp-json and "
+            "--require-auth, and makes a token if there is none; left out: mcp.json in the data "
+            "folder", "server.mcp_json"),
+    Setting("mcp_connect_timeout_ms", count, 30_000, "for an MCP server to be connected and its "
+            "tools listed", "server.mcp_connect_timeout_ms"),
+    Setting("mcp_call_timeout_ms", count, 60_000, "for one tool call without a sign of life",
+            "server.mcp_call_timeout_ms"),
+    Setting("max_tool_rounds", count, 25, "rounds of a request with tool calls; one last round has "
+            "no tools", "server.max_tool_rounds"),
+    Setting("guided_tool_calls", switch, True, "hold a tool call that has begun to the tool's "
+            "schema", "server.guided_tool_calls"),
     Setting("models_folders", folders, (), "more folders, or files, with models", "library.extra",
             ("serve", "chat", "list")),
     Setting("default_context_length", count, 4096,

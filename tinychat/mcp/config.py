@@ -18,6 +18,8 @@ from tinychat.mcp.errors import McpError, one_line
 
 log = logging.getLogger(__name__)
 
+MCP_JSON_NAME = "mcp.json"  # in the data folder
+
 MAX_BYTES = 1 << 20            # of mcp.json, and of an envFile
 MAX_TIMEOUT_MS = 3_600_000
 LABEL = re.compile(r"(?! )[A-Za-z0-9_. -]{1,64}(?<! )")  # blanks: LM Studio's labels have them

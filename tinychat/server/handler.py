@@ -108,9 +108,14 @@ class Handler(Connection):
 
     def _chat(self):
         asked = parse_chat_request(self._json())
+        settings = self.settings
         doors = chat.ChatSettings(
-            heartbeat_s=self.settings.heartbeat_s, stopping=lambda: self.server.stopping,
-            refusal=partial(auth.refusal, self.settings, self.token))
+            heartbeat_s=settings.heartbeat_s, stopping=lambda: self.server.stopping,
+            refusal=partial(auth.refusal, settings, self.token),
+            ephemeral_mcp=settings.ephemeral_mcp, plugins=self.server.plugins,
+            max_tool_rounds=settings.max_tool_rounds, guide_calls=settings.guided_tool_calls,
+            mcp_connect_s=settings.mcp_connect_timeout_ms / 1000,
+            mcp_call_s=settings.mcp_call_timeout_ms / 1000)
         with closing(chat.run(self.server.library, self.server.store, asked, doors)) as events:
             if asked.stream:
                 self.send_stream(self.watched(events))

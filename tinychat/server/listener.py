@@ -11,6 +11,8 @@ from socketserver import TCPServer
 
 from tinychat.errors import TinychatError
 from tinychat.library import Library
+from tinychat.mcp.config import MCP_JSON_NAME
+from tinychat.mcp.plugins import Plugins
 from tinychat.server.auth import TOKENS_NAME, Tokens
 from tinychat.server.handler import Handler, refusal, route_of
 from tinychat.server.metrics import Metrics
@@ -28,14 +30,21 @@ class ServerSettings:
     """The contract's settings, and the bounds of a connection in seconds.
 
     ephemeral_mcp: off, public or local; None for local on a loopback address, else off.
+    mcp_json: the file; None for the one in the data folder. require_auth and allow_mcp_json None:
+    on when a file is given.
     """
 
     host: str = "127.0.0.1"
     port: int = 1234
     cors: bool = False
-    require_auth: bool = False
+    require_auth: bool | None = None
     ephemeral_mcp: str | None = None
-    allow_mcp_json: bool = False
+    allow_mcp_json: bool | None = None
+    mcp_json: str | os.PathLike | None = None
+    mcp_connect_timeout_ms: int = 30_000  # for a server to be connected and listed
+    mcp_call_timeout_ms: int = 60_000     # for one tool call without a sign of life
+    max_tool_rounds: int = 25
+    guided_tool_calls: bool = True        # hold calls to the tools' schemas
     max_body_bytes: int = 67_108_864
     sse_keepalive_seconds: float = 15.0   # 0: no comments
     max_connections: int = 512
@@ -60,11 +69,14 @@ def make_server(library: Library, store: Store, *, host: str = "127.0.0.1", port
 def check_settings(**settings) -> ServerSettings:
     """The fields with every value decided. Raises: TinychatError for a contradiction."""
     settings = ServerSettings(**settings)
-    if settings.allow_mcp_json and not settings.require_auth:
+    given = settings.mcp_json is not None
+    decided = {name: given if getattr(settings, name) is None else getattr(settings, name)
+               for name in ("require_auth", "allow_mcp_json")}
+    if decided["allow_mcp_json"] and not decided["require_auth"]:
         raise TinychatError("allow_mcp_json needs require_auth: without auth, whoever reaches the "
                             "server could run the servers of mcp.json")
     default = "local" if is_loopback(settings.host) else "off"
-    return replace(settings, ephemeral_mcp=settings.ephemeral_mcp or default)
+    return replace(settings, ephemeral_mcp=settings.ephemeral_mcp or default, **decided)
 
 
 class Server(ThreadingHTTPServer):
@@ -80,6 +92,8 @@ class Server(ThreadingHTTPServer):
         self.library, self.store, self.settings = library, store, settings
         self.metrics = Metrics(route_of)
         self.tokens = Tokens(Path(library.home) / TOKENS_NAME) if settings.require_auth else None
+        self.plugins = Plugins(Path(settings.mcp_json or Path(library.home) / MCP_JSON_NAME)) \
+            if settings.allow_mcp_json else None
         self._closing, self._stopping = threading.Event(), threading.Event()
         self._closed = threading.Event()
         self._serving = False
@@ -212,6 +226,8 @@ class Server(ThreadingHTTPServer):
         self._wait_for_connections(ERROR_EVENT_S)
         self._hang_up(only_idle=False)
         self._wait_for_connections(ERROR_EVENT_S)
+        if self.plugins:
+            self.plugins.close()
         if self._thread is not None:
             self._thread.join(self.settings.shutdown_s)
 
