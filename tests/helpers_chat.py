@@ -49,6 +49,7 @@ class ByteTokenizer:
     n_vocab = 260
     bos_id, eos_id, add_bos, add_eos = None, END, False, False
     eog_ids = frozenset({END})
+    stop_ids = frozenset({END, START})
 
     def encode(self, text, *, special=False):
         return ids_of(text) if special else list(text.encode())

@@ -249,6 +249,27 @@ def test_all_are_stopped_at_the_same_time(house):
     plugins.close()
 
 
+def test_all_are_stopped_where_no_thread_can_be_started(house, monkeypatch):
+    """M-056: as at the end of the interpreter, since Python 3.12."""
+    stubborn = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + ECHO + "while True: time.sleep(1)"
+    servers = [house.script(stubborn, name) for name in "abc"]
+    with McpServer() as web:
+        house.write(web={"url": web.url}, **{server.folder.name: server.entry() for server in servers})
+        plugins = house.open()
+        for label in plugins.labels():
+            with plugins.acquire(label, watch()):
+                pass
+
+        def refuse(thread):
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+        began = time.monotonic()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            plugins.close()
+        assert time.monotonic() - began < 3 * QUICK.step_s + 1
+    assert not any(is_alive(pid) for server in servers for pid in server.pids)
+
+
 def test_closing_calls_a_start_off(house):
     server = house.script("for m in messages(): pass")
     house.write(a=server.entry())

@@ -38,7 +38,7 @@ class Round:
         self.reason = ""                   # why it ended: stop, length, context
         self.stopped_early = False         # a text ended the turn, not a token
         self.sequence: Sequence = model.engine.submit(
-            prompt.ids, stop_ids=model.tokenizer.eog_ids, **submit)
+            prompt.ids, stop_ids=model.tokenizer.stop_ids, **submit)
 
     def updates(self) -> Iterator[Update | None]:
         """The engine's updates; None after each wait in which none came."""
@@ -68,7 +68,7 @@ class Round:
         """Control tokens are spelled out where they are part of the format, else they show
         nothing; those that end the turn never do."""
         tokenizer = self.model.tokenizer
-        if id in tokenizer.eog_ids:
+        if id in tokenizer.stop_ids:
             return False
         return not tokenizer.is_control(id) or tokenizer.decode([id]) in self._markers
 

@@ -117,7 +117,6 @@ class Toolbox:
         if plugins is None:
             raise UnknownPlugin(f"there is no mcp.json with a server {integration.id}")
         server.label = plugins.find(integration.id)
-        server.provider_info["plugin_id"] = PREFIX + server.label
         timeout_ms = integration.timeout or plugins.timeout_ms(server.label)
         if timeout_ms:
             server.patience_s = timeout_ms / 1000

@@ -1,5 +1,6 @@
 """`tinychat mcp`: the servers of mcp.json, their tools, and one call, for people."""
 import json
+import logging
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -16,6 +17,7 @@ WAIT_S = 180.0         # until a server is there: the first start of some downlo
 
 def mcp(args) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no server outlives us
+    logging.getLogger("tinychat.mcp.config").setLevel(logging.ERROR)  # the commands say it too
     return {"list": list_servers, "tools": show_tools, "call": call_tool}[args.action](args)
 
 
@@ -48,8 +50,8 @@ def row_of(entry) -> tuple[str, str, str]:
 
 
 def show_tools(args) -> int:
-    with connected(args) as (client, limits):
-        tools = client.tools(watch(limits.list_s, f"listing the tools of {args.server}"))
+    with connected(args) as (client, _):
+        tools = client.tools(watch(WAIT_S, f"listing the tools of {args.server}"))
     for tool in tools:
         properties = tool.input_schema.get("properties")
         names = ", ".join(properties) if isinstance(properties, dict) else ""
@@ -63,12 +65,14 @@ def show_tools(args) -> int:
 
 def call_tool(args) -> int:
     """The exit code is 1 when the tool says that it failed."""
+    from tinychat.mcp.limits import DEFAULT
     from tinychat.mcp.tools import text_for_model
 
     arguments = arguments_of(args.arguments)
-    with connected(args) as (client, limits):
+    with connected(args) as (client, timeout_ms):
+        quiet_s = timeout_ms / 1000 if timeout_ms else DEFAULT.call_quiet_s
         result = client.call(args.tool, arguments,
-                             watch(limits.call_s, f"the tool {args.tool}", limits.call_quiet_s))
+                             watch(DEFAULT.call_s, f"the tool {args.tool}", quiet_s))
     print(printable(text_for_model(result, SHOWN_CHARS)))
     if result.is_error:
         say(f"tinychat: the tool {one_line(args.tool)} says that it failed")
@@ -87,19 +91,18 @@ def arguments_of(text: str) -> dict:
 
 @contextmanager
 def connected(args) -> Iterator[tuple]:
-    """(client, its limits) of a URL, or of a label of mcp.json."""
+    """The client of a URL or of a label of mcp.json, and the timeout_ms that is set for it."""
     from tinychat.mcp.client import connect_http
-    from tinychat.mcp.limits import DEFAULT
     from tinychat.mcp.plugins import PREFIX, Plugins
 
     if args.server.lower().startswith(("http://", "https://")):
         with closing(connect_http(args.server)) as client:
-            yield client, DEFAULT
+            yield client, None
         return
     with closing(Plugins(file_of(args))) as plugins:
         label = plugins.find(PREFIX + args.server.removeprefix(PREFIX))
         with plugins.acquire(label, watch(WAIT_S, f"the start of {label}")) as client:
-            yield client, DEFAULT
+            yield client, plugins.timeout_ms(label)
 
 
 def watch(total_s: float, what: str, patience_s: float | None = None):

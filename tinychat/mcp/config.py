@@ -150,7 +150,7 @@ def _filled(text: str, where: str) -> str:
     """With ${env:NAME} and ${userHome} replaced."""
     def value(place: re.Match) -> str:
         if place[1] is None:
-            return str(Path.home())
+            return os.path.expanduser("~")
         if place[1] not in os.environ:
             raise BadEntry(f"{where}: the variable {place[1][:80]} of the environment is not set")
         return os.environ[place[1]]

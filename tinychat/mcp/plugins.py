@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tinychat.mcp.client import Client
@@ -44,6 +44,7 @@ class Plugins:
         self._retired: set[Plugin] = set()  # replaced, but still used
         self._reaper: threading.Thread | None = None
         self._is_closed = False
+        self.config.entries()  # what is wrong with the file is in the log from the start
         atexit.register(self.close)
 
     def labels(self) -> list[str]:
@@ -187,6 +188,7 @@ def _close_all(plugins: list[Plugin]) -> None:
         except RuntimeError:  # at the end of the interpreter no thread starts any more
             in_turn.append(plugin)
     for plugin in in_turn:  # their ends have begun together
-        plugin.close()
+        with suppress(RuntimeError):  # a goodbye over HTTP may want a thread too
+            plugin.close()
     for thread in threads:
         thread.join()

@@ -154,8 +154,9 @@ class Process:
     def _keep(self) -> None:
         self._popen.wait()
         self._exited.set()
+        end = time.monotonic() + self._limits.last_words_s
         for thread in (self._reader, self._drain):
-            thread.join(self._limits.last_words_s)
+            thread.join(max(0.0, end - time.monotonic()))
         self._end(Unreachable(f"{self._command.where}: {self._how_it_ended()}"))
         self._writer.join()
         if self._wake:
@@ -236,11 +237,12 @@ class Process:
 
     def _signal(self, number: int) -> bool:
         """To all of the group; is there anyone?"""
-        if WINDOWS:
-            subprocess.run(["taskkill", "/T", "/F", "/PID", str(self.pid)], capture_output=True)
-            return True
         try:
-            os.killpg(self.pid, number)
+            if WINDOWS:  # which has no signals, but knows whose children are whose
+                subprocess.run(["taskkill", "/T", "/F", "/PID", str(self.pid)],
+                               capture_output=True, check=False)
+            else:
+                os.killpg(self.pid, number)
             return True
         except OSError:
             return False

@@ -39,7 +39,8 @@ class Tokenizer:
     """A vocabulary. Threads may share one: after `from_metadata` only its caches change.
 
     bos_id, eos_id: None when the file names none.
-    eog_ids: the tokens after which a model has nothing more to say.
+    eog_ids: the tokens after which a model has nothing more to say. stop_ids: with those that begin
+    the next turn, which is not the model's.
     add_bos, add_eos: whether the file wants them round a prompt.
     """
 
@@ -50,6 +51,7 @@ class Tokenizer:
         self.n_vocab = len(self.tokens)
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
         self.eog_ids = vocabulary.eog_ids
+        self.stop_ids = vocabulary.stop_ids
         self.add_bos = vocabulary.flag("add_bos_token", add_bos) and self.bos_id is not None
         self.add_eos = vocabulary.flag("add_eos_token", False) and self.eos_id is not None
         self._types = vocabulary.types

@@ -16,6 +16,11 @@ _END_TEXTS = (
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> "
     "<|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> "
     "<eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[ <|ifm|im_end|>").split()
+# Control tokens with which a model that runs on begins somebody's turn, or a tool's result.
+_NEXT_TURN = (
+    "<|im_start|> <|start_header_id|> <|start_of_role|> <|START_OF_TURN_TOKEN|> <start_of_turn> "
+    "<|turn> <|user|> <|observation|> <|END_OF_TURN_TOKEN|> <start_function_response> "
+    "<|role_end|>").split()
 # Fill-in-the-middle tokens that end one too: by metadata key, else the first text that exists.
 _END_OF_FILL = {
     "fim_pad_token_id": "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]".split(),
@@ -40,6 +45,9 @@ class Vocabulary:
         self.bos_id = self._token_id("bos_token_id", default[0])
         self.eos_id = self._token_id("eos_token_id", default[1])
         self.eog_ids = self._end_of_generation()
+        self.stop_ids = self.eog_ids | {
+            self._all_ids[text] for text in _NEXT_TURN if text in self._all_ids
+            and self.types[self._all_ids[text]] in (CONTROL, USER_DEFINED)}
         self._special_ids = [id for id, type in enumerate(self.types) if type != NORMAL]
         self._check_bytes()
 

@@ -45,7 +45,9 @@ def own_name(name: str) -> str:
 def close(source: Source, region: Region, literal: str) -> Reading:
     """Reads the closing marker, which may be missing if something else comes. Raises: Ended."""
     if literal.strip() and not (yield from accept_parts(source, literal)):
-        if not (yield from source.ahead()):
+        yield from source.ahead()
+        rest = source.rest.strip()
+        if not rest or source.ended and literal.strip().startswith(rest):
             raise Ended
     region.finish()
 
