@@ -9,6 +9,8 @@ import pytest
 from helpers_mcp import McpServer
 from helpers_mcp_stdio import WAIT_S, Script, is_alive, wait_until, wait_until_gone
 
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+
 SERVER = '''
 TOOLS = [{"name": "echo", "description": "Says it again.\\nAnd \\x1b[31mred\\x1b[0m.", "inputSchema":
           {"type": "object", "properties": {"text": {"type": "string"}, "n": {"type": "integer"}}}},
@@ -43,7 +45,12 @@ def start(folder, *args) -> subprocess.Popen:
     environment = {**os.environ, "TINYCHAT_HOME": str(folder), "PYTHONWARNINGS": "error"}
     return subprocess.Popen([sys.executable, "-m", "tinychat", "mcp", *map(str, args)], env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                            encoding="utf-8")
+                            encoding="utf-8", preexec_fn=take_ctrl_c)
+
+
+def take_ctrl_c() -> None:
+    """Who was started in the background of a shell ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(folder, *args, code: int = 0) -> tuple[str, str]:
@@ -94,7 +101,7 @@ def test_a_broken_file_is_an_error_with_line_and_column(home):
 
 def test_tools_shows_names_arguments_and_descriptions(home):
     """C-125: a label is found under its own spelling, and folded."""
-    for label in ("My_Server", "my-server", "mcp/My_Server"):
+    for label in ("My_Server", "mcp/my-server"):
         out, err = run(home.folder, "tools", label)
         assert out.splitlines()[:3] == ["echo(text, n)", "    Says it again.", "    And \ufffd[31mred\ufffd[0m."]
         assert out.splitlines()[3].startswith("evil") and len(out.splitlines()) == 4
@@ -116,18 +123,20 @@ def test_a_failed_tool_is_shown_and_is_a_failure(home):
 def test_failures_are_one_line(home):
     """M-058 M-088 M-090"""
     folder = home.folder
-    assert "known: mcp/My_Server, mcp/quick" in error(folder, "tools", "nope")
-    assert "gone (no-such-command): cannot start" in error(folder, "tools", "gone")
-    assert "broken in mcp.json: command: expected a string" in error(folder, "tools", "broken")
-    assert "expected a JSON object" in error(folder, "call", "My_Server", "echo", "{")
-    assert "expected a JSON object" in error(folder, "call", "My_Server", "echo", "[]")
-    assert "exited with code 3" in error(folder, "call", "My_Server", "echo", '{"text": "die"}')
-    assert "took too long" in error(folder, "call", "quick", "echo", '{"text": "hang"}')
-    assert "cannot connect" in error(folder, "tools", "http://127.0.0.1:9/mcp?key=secret")
+
+    def error_of(*args):  # naming the file is quicker than the data folder, which the library knows
+        return error(folder, *args, "--mcp-json", folder / "mcp.json")
+    assert "known: mcp/My_Server, mcp/quick" in error_of("tools", "nope")
+    assert "gone (no-such-command): cannot start" in error_of("tools", "gone")
+    assert "broken in mcp.json: command: expected a string" in error_of("tools", "broken")
+    assert "expected a JSON object" in error_of("call", "My_Server", "echo", "[]")
+    assert "exited with code 3" in error_of("call", "My_Server", "echo", '{"text": "die"}')
+    assert "took too long" in error_of("call", "quick", "echo", '{"text": "hang"}')
+    assert "cannot connect" in error_of("tools", "http://127.0.0.1:9/mcp?key=secret")
 
 
 def test_a_command_line_that_makes_no_sense_is_refused(home):
-    for args in ([], ["nope"], ["tools"], ["call", "x"]):
+    for args in ([], ["call", "x"]):
         out, err = run(home.folder, *args, code=2)
         assert out == "" and "usage: tinychat mcp" in err
 

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 
 import pytest
 from helpers_mcp import (
-    QUICK, McpServer, connect, connected, echo, quick, raw_server, read_request, watch)
+    QUICK, McpServer, connect, connected, echo, quick, raw_server, read_request, wait_until, watch)
 
 import tinychat
 from tinychat.mcp import era
 from tinychat.mcp.client import Client
 from tinychat.mcp.errors import (
-    McpError, NotConnected, ProtocolError, Refused, ServerError, SessionLost, TimedOut)
+    McpError, NotConnected, ProtocolError, Refused, ServerError, SessionLost, TimedOut, Unreachable)
 
 OLD = era.HANDSHAKE
 
@@ -373,6 +373,29 @@ def test_a_stream_that_ends_fails_its_calls_at_once():
         for _ in range(2):
             with pytest.raises(McpError, match="stream ended"):
                 echo(client)
+
+
+def test_the_next_request_after_the_end_of_a_stream_opens_another_and_greets_anew():
+    """M-043"""
+    with old_server() as server, connected(server) as client:
+        client.tools(watch())
+        server.answers.put(None)
+        wait_until(lambda: client._transport._stream.fault, "the stream to end")
+        n = len(server.seen)
+        assert echo(client) == "hello"
+        assert [tool.name for tool in client.tools(watch())] == ["echo"]
+        assert echo(client) == "hello"
+    assert server.rpcs()[n:] == ["GET", "initialize", "notifications/initialized", "tools/call",
+                                 "tools/list", "tools/call"]
+
+
+def test_a_closed_connection_opens_no_stream():
+    """M-043"""
+    with old_server() as server, connected(server) as client:
+        client.close()
+        with pytest.raises(Unreachable):
+            echo(client)
+    assert server.rpcs().count("GET") == 1
 
 
 def test_a_stream_that_floods_is_given_up():

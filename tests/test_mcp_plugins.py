@@ -299,10 +299,10 @@ def test_a_url_in_mcp_json_may_be_on_this_machine_and_is_shared(house):
 
 def test_a_url_that_cannot_be_reached_is_an_error_of_the_plugin(house):
     """M-090"""
-    house.write(web={"url": "http://127.0.0.1:9/mcp?key=secret"})
+    house.write(t={"url": "http://127.0.0.1:9/mcp?key=secret"})
     plugins = house.open()
-    with pytest.raises(NotConnected, match="web: http://127.0.0.1:9/mcp: cannot connect") as caught:
-        plugins.acquire("web", watch()).__enter__()
+    with pytest.raises(NotConnected, match="mcp/t: http://127.0.0.1:9/mcp: cannot connect") as caught:
+        plugins.acquire("t", watch()).__enter__()
     assert caught.value.type == "plugin_connection_error" and "secret" not in str(caught.value)
 
 
@@ -316,8 +316,8 @@ from tinychat.mcp.plugins import Plugins
 from tinychat.mcp.process import ProcessLimits
 from tinychat.mcp.watch import Watch
 
-if sys.argv[2] == "SIGTERM":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `tinychat serve` does
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.default_int_handler)  # as `tinychat serve` does
 plugins = Plugins(Path(sys.argv[1]), PluginLimits(process=ProcessLimits(step_s=0.4)))
 for label in plugins.labels():
     plugins.acquire(label, Watch(20, what="it")).__enter__()
@@ -349,10 +349,13 @@ def test_no_plugin_outlives_the_program(house, how):
         if how.startswith("SIG"):
             program.send_signal(getattr(signal, how))
         _, said = program.communicate(timeout=WAIT_S)
+        assert time.monotonic() - began < 8
+        if how == "SIGKILL":
+            wait_until_gone(pids)
+        assert not any(is_alive(pid) for pid in pids)
     finally:
         program.kill()
-    assert time.monotonic() - began < 8
-    if how == "SIGKILL":
-        wait_until_gone(pids)
-    assert not any(is_alive(pid) for pid in pids)
+        program.communicate()
+        for pid in (pid for server in servers for pid in server.pids if is_alive(pid)):
+            os.kill(pid, signal.SIGKILL)
     assert said.count(b"Error") == (2 if how == "error" else 0), said.decode()

@@ -4,6 +4,7 @@ import time
 
 import pytest
 from helpers_mcp import McpServer, connect, connected, echo, frame, quick, wait_until, watch
+from helpers_mcp_stdio import at_once
 
 from tinychat.mcp.era import HANDSHAKE
 from tinychat.mcp.errors import (
@@ -63,6 +64,83 @@ def test_a_lost_session_is_replaced_and_the_call_repeated_once():
         n = len(server.seen)
         client.tools(watch())  # another process may have other tools
         assert server.rpcs()[n:] == ["tools/list"]
+
+
+@pytest.mark.parametrize("n_failed", [0, 1])
+def test_a_session_that_many_miss_at_once_is_replaced_once(n_failed):
+    """M-028"""
+    def gone(reply):
+        reply.server.wait_for("tools/call", 8)  # all find out at once
+        reply.status(404)
+    with old(sessions=True) as server, connected(server) as client:
+        server.on["tools/call"] = [gone] * 8
+        server.on["initialize"] = [lambda reply: reply.status(500)] * n_failed
+        said = at_once(*[lambda i=i: echo(client, str(i)) for i in range(8)])
+        assert sum(isinstance(one, ServerError) for one in said) == n_failed, "only who tried it"
+        assert sum(one == str(i) for i, one in enumerate(said)) == 8 - n_failed
+        assert len(server.of("initialize")) == 2 + n_failed
+        assert len(server.of("notifications/initialized")) == 2
+
+
+def test_a_request_waits_for_a_greeting_that_is_under_way():
+    """M-015 M-028"""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def late(reply):
+        begun.set()
+        go_on.wait(10)
+        reply.server.usual(reply)
+
+    def early():
+        begun.wait(10)
+        threading.Timer(0.2, go_on.set).start()
+        return echo(client, "early")
+    with old(sessions=True) as server, connected(server) as client:
+        server.session_ids[:] = []
+        server.on["initialize"] = late
+        assert at_once(lambda: echo(client, "first"), early) == ["first", "early"]
+        n = server.rpcs().index("initialize", 4)
+        assert server.rpcs()[n + 1] == "notifications/initialized"
+
+
+def unknown_session(reply):
+    """How many servers say it instead of 404."""
+    reply.error(-32000, "Bad Request: No valid session ID provided", status=400)
+
+
+def test_a_session_that_a_400_calls_unknown_is_replaced_by_the_next_request():
+    """M-023 M-028"""
+    with old(sessions=True, on={"tools/call": [unknown_session]}) as server, connected(server) as client:
+        client.tools(watch())
+        with pytest.raises(ServerError, match="No valid session ID") as caught:
+            echo(client)
+        assert (caught.value.rpc_code, caught.value.http_status) == (-32000, 400)
+        assert len(server.of("tools/call")) == len(server.of("initialize")) == 1, "it is not repeated"
+        n = len(server.seen)
+        assert echo(client) == "hello" == echo(client)
+    assert server.rpcs()[n:] == ["initialize", "notifications/initialized", "tools/call", "tools/call", "DELETE"]
+    assert {seen.headers["mcp-session-id"] for seen in server.seen[n + 1:]} == {"session-2-secret"}
+
+
+def test_a_400_for_another_reason_leaves_the_session():
+    """M-023"""
+    with old(sessions=True, on={"tools/call": [lambda reply: reply.error(-32602, "bad", status=400)]}
+             ) as server, connected(server) as client:
+        with pytest.raises(ServerError, match="bad"):
+            echo(client)
+        assert echo(client) == "hello"
+    assert len(server.of("initialize")) == 1
+
+
+def test_tools_are_listed_again_when_the_server_was_gone_in_between():
+    """M-068"""
+    with old(on={"tools/call": [lambda reply: reply.stream()]}) as server, connected(server) as client:
+        client.tools(watch())
+        with pytest.raises(Unreachable):
+            echo(client)
+        client.tools(watch())
+        client.tools(watch())
+    assert len(server.of("tools/list")) == 2
 
 
 def test_a_session_that_is_lost_again_at_once_is_an_error():

@@ -18,7 +18,8 @@ from tinychat.mcp.errors import (
     CalledOff, McpError, NotConnected, ProtocolError, ServerError, SessionLost, TimedOut,
     Unreachable)
 from tinychat.mcp.limits import Limits
-from tinychat.mcp.process import Lines, ProcessLimits
+from tinychat.mcp.lines import Lines
+from tinychat.mcp.process import ProcessLimits
 from tinychat.mcp.stdio import StdioTransport
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and groups of POSIX")
@@ -372,6 +373,20 @@ for m in calls():
             assert call(client, text="x") == "yes"
     finally:
         tracemalloc.stop()
+
+
+def test_noise_without_end_ends_on_time(script):
+    """M-077"""
+    server = script('''
+for m in calls():
+    while True:
+        write(b"working ...\\n" * 100)
+''')
+    with connected(server.command()) as client:
+        began = time.monotonic()
+        with pytest.raises(TimedOut):
+            call(client, 0.5)
+        assert 0.5 <= time.monotonic() - began < 1.5
 
 
 # ---- sharing

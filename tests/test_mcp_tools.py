@@ -116,7 +116,8 @@ def test_recursion_is_cut():
     assert prompt_schema(tree)["properties"] == {
         "child": {}, "left": {"type": "object", "properties": {"next": {}}}}
     assert prompt_schema({"$ref": "#"}) == {}
-    mutual = {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}]}, "b": {"not": {"$ref": "#/$defs/a"}}}}
+    mutual = {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}]},
+                                             "b": {"not": {"$ref": "#/$defs/a"}}}}
     assert prompt_schema(mutual) == {"anyOf": [{"not": {}}]}
 
 
@@ -280,7 +281,8 @@ def test_structured_content_counts_where_nothing_is_text(structured):
 
 
 @pytest.mark.parametrize("block, note", [
-    (None, "got null"), (3, "got a number"), ("text", "got a string"), (True, "got a boolean"), ([TEXT], "got an array"),
+    (None, "got null"), (3, "got a number"), ("text", "got a string"), (True, "got a boolean"),
+    ([TEXT], "got an array"),
     ({}, "without type"), ({"type": 3}, "without type"), ({"type": "text"}, "not shown: text"),
     ({"type": "text", "text": 3}, "not shown: text"),
     ({"type": "image", "data": "!!!", "mimeType": "image/png"}, "[image image/png, which is no valid base64]"),

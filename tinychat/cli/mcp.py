@@ -112,9 +112,8 @@ def watch(total_s: float, what: str, patience_s: float | None = None):
 
 def file_of(args) -> Path:
     """mcp.json: the one given, else that of the data folder, which need not be there."""
-    from tinychat.library import data_folder
-
     if args.mcp_json is None:
+        from tinychat.library import data_folder
         return data_folder() / FILE_NAME
     path = Path(args.mcp_json).expanduser()
     if not path.is_file():

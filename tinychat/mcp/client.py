@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 
 from tinychat.mcp import era, headers as header_rules, jsonrpc, url as urls
 from tinychat.mcp.addresses import Resolve, system_resolve
-from tinychat.mcp.errors import McpError, ProtocolError, ServerError, SessionLost
+from tinychat.mcp.errors import (
+    McpError, ProtocolError, ServerError, SessionLost, Unreachable)
 from tinychat.mcp.greeting import Greeter, Greeting
 from tinychat.mcp.http import Door
 from tinychat.mcp.limits import DEFAULT, Limits
@@ -48,6 +49,7 @@ class Client:
         self._ids = jsonrpc.Ids()
         self._greeter = Greeter(transport, self._ids, limits, over_http, mode, older, memory, key)
         self._greeting: Greeting | None = None
+        self._regreeting: threading.Event | None = None  # while one is tried; set when that is over
         self._lock = threading.Lock()
         self._tools: dict[str, Tool] = {}
         self._fresh_until = -math.inf  # by time.monotonic
@@ -161,15 +163,37 @@ class Client:
     def _ask(self, method: str, params: dict, watch: Watch, headers: Mapping[str, str] = {}
              ) -> dict:
         """The result. A server that has forgotten us is greeted again, and asked once more."""
+        self._wait_for_greeting(watch)
         greeting = self._greeted()
         try:
             return self._ask_once(method, params, watch, headers)
         except SessionLost as error:
             log.info("%s", error)
-            if greeting.era == "handshake" and self._greeting is greeting:
-                self._greeting = self._greeter.initialize(self._transport, watch)
-                self._forget_tools()
+            if greeting.era == "handshake":
+                self._greet_again(greeting, watch)
             return self._ask_once(method, params, watch, headers)
+
+    def _greet_again(self, lost: Greeting, watch: Watch) -> None:
+        """By one of those who miss the session; where it fails, by the next. Raises: McpError."""
+        while self._greeting is lost:
+            with self._lock:
+                mine = None if self._regreeting else threading.Event()
+                self._regreeting = mine or self._regreeting
+            if mine is None:
+                self._wait_for_greeting(watch)
+                continue
+            try:
+                if self._greeting is lost:
+                    self._greeting = self._greeter.initialize(self._transport, watch)
+                    self._forget_tools()
+            finally:
+                self._regreeting = None
+                mine.set()
+
+    def _wait_for_greeting(self, watch: Watch) -> None:
+        """While somebody greets the server anew, it takes no other requests."""
+        while (theirs := self._regreeting) and not theirs.wait(watch.slice()):
+            pass
 
     def _ask_once(self, method: str, params: dict, watch: Watch, headers: Mapping[str, str]
                   ) -> dict:
@@ -178,7 +202,11 @@ class Client:
         if method == "tools/call":
             meta["progressToken"] = id
         message = jsonrpc.request(id, method, {**params, "_meta": meta} if meta else params)
-        return jsonrpc.result_of(self._transport.exchange(message, watch, headers))
+        try:
+            return jsonrpc.result_of(self._transport.exchange(message, watch, headers))
+        except Unreachable:
+            self._forget_tools()  # who comes back may have others
+            raise
 
     def _greeted(self) -> Greeting:
         assert self._greeting, "connect() comes first"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from tinychat.mcp import jsonrpc
 from tinychat.mcp.errands import Errands
 from tinychat.mcp.errors import (
-    CalledOff, McpError, ProtocolError, Refused, TimedOut, Unreachable)
+    CalledOff, McpError, ProtocolError, Refused, SessionLost, TimedOut, Unreachable)
 from tinychat.mcp.http import Answer, Door
 from tinychat.mcp.limits import Budget
 from tinychat.mcp.status import refusal
@@ -34,106 +34,127 @@ class Slot:
         self.answer: dict | None = None
 
 
+class Stream:
+    """One event stream, and what has come of it."""
+
+    def __init__(self, answer: Answer):
+        self.answer = answer
+        self.reader: threading.Thread | None = None
+        self.endpoint: Url | None = None
+        self.ready = threading.Event()       # the endpoint is known, or the stream is over
+        self.fault: McpError | None = None   # why it is over
+        self.slots: dict[int, Slot] = {}
+
+    def check(self) -> None:
+        """Raises: McpError when the stream is over; each thread gets an exception of its own."""
+        if self.fault:
+            raise type(self.fault)(self.fault.message)
+
+
 class OldSseTransport:
-    """See transport.Transport. There is no second connection: when the stream ends, all is over."""
+    """See transport.Transport. When the stream ends, so do the calls that wait; the next request
+    has to greet the server anew, on another stream (SessionLost).
+    """
 
     def __init__(self, door: Door):
         self.where = door.url.where
         self.on_notification = lambda message: None
         self._door, self._limits = door, door.limits
         self._opening = threading.Lock()
-        self._stream: Answer | None = None
-        self._reader: threading.Thread | None = None
-        self._endpoint: Url | None = None
-        self._ready = threading.Event()       # the endpoint is known, or the stream is over
-        self._fault: McpError | None = None   # why it is over
-        self._slots: dict[int, Slot] = {}
+        self._stream: Stream | None = None
+        self._is_closed = False
         self._errands = Errands()
 
     def exchange(self, message: dict, watch: Watch, headers: Mapping[str, str] = {}) -> dict:
-        stream = self._open(watch)
-        slot = self._slots[message["id"]] = Slot(watch)
-        stream.wire.budget = Budget(self._limits)
+        stream = self._open(message, watch)
+        slot = stream.slots[message["id"]] = Slot(watch)
+        stream.answer.wire.budget = Budget(self._limits)
         try:
-            self._check()  # the reader tells of its end whoever waits by then
-            self.notify(message, watch)
+            stream.check()  # the reader tells of its end whoever waits by then
+            self._post(message, watch, stream)
             while not slot.done.wait(watch.slice()):
                 pass
             if slot.answer is None:
-                self._check()
+                stream.check()
             return slot.answer or {}
         except (TimedOut, CalledOff):
             if message["method"] != "initialize":
                 gone = jsonrpc.notification("notifications/cancelled", {
                     "requestId": message["id"], "reason": "nobody waits for it any more"})
-                self._errands.run(lambda: self.notify(gone, self._briefly()))
+                self._errands.run(lambda: self._post(gone, self._briefly(), stream))
             raise
         finally:
-            del self._slots[message["id"]]
+            del stream.slots[message["id"]]
 
     def notify(self, message: dict, watch: Watch) -> None:
-        fields = {"Content-Type": "application/json", "Accept": "application/json"}
-        with self._door.send("POST", watch, Budget(self._limits), url=self._endpoint,
-                             headers=fields, body=jsonrpc.dumps(message)) as answer:
-            if answer.status >= 400:
-                raise refusal(answer, self._door)
+        if self._stream is None:
+            raise Unreachable(f"{self.where}: there is no event stream")
+        self._post(message, watch, self._stream)
 
     def close(self) -> None:
         self._errands.finish(self._limits.goodbye_s)
         with self._opening:
-            stream, reader = self._stream, self._reader
-        if stream and reader:
-            stream.wire.shut()
-            reader.join(self._limits.goodbye_s)
+            self._is_closed = True
+            stream = self._stream
+        if stream:
+            stream.answer.wire.shut()
+            stream.reader.join(self._limits.goodbye_s)
 
     def _briefly(self) -> Watch:
         return Watch(self._limits.goodbye_s, what=f"a goodbye to {self.where}")
 
-    def _open(self, watch: Watch) -> Answer:
-        """The stream, once it has named its endpoint. Raises: McpError, the same one ever after."""
+    def _post(self, message: dict, watch: Watch, stream: Stream) -> None:
+        fields = {"Content-Type": "application/json", "Accept": "application/json"}
+        with self._door.send("POST", watch, Budget(self._limits), url=stream.endpoint,
+                             headers=fields, body=jsonrpc.dumps(message)) as answer:
+            if answer.status >= 400:
+                raise refusal(answer, self._door)
+
+    def _open(self, message: dict, watch: Watch) -> Stream:
+        """The stream, once it has named its endpoint. Raises: SessionLost, other McpErrors."""
         limited = watch.within(self._limits.connect_s, f"the event stream of {self.where}")
         while not self._opening.acquire(timeout=limited.slice()):
             pass
         try:
-            if self._stream is None:
-                self._stream = self._connect(limited)
-                self._reader = threading.Thread(target=self._read, args=(self._stream,),
-                                                name="mcp-sse", daemon=True)
-                self._reader.start()
             stream = self._stream
+            if stream and stream.fault and message["method"] != "initialize":
+                raise SessionLost(f"{stream.fault.message}; it has to be opened anew")
+            if stream is None or stream.fault:
+                if self._is_closed:
+                    raise Unreachable(f"{self.where}: the connection was closed")
+                stream = self._stream = self._connect(limited)
         finally:
             self._opening.release()
-        while not self._ready.wait(limited.slice()):
+        while not stream.ready.wait(limited.slice()):
             pass
-        self._check()
+        stream.check()
         return stream
 
-    def _check(self) -> None:
-        """Raises: McpError when the stream is over; each thread gets an exception of its own."""
-        if self._fault:
-            raise type(self._fault)(self._fault.message)
-
-    def _connect(self, watch: Watch) -> Answer:
-        stream = self._door.send("GET", watch, Budget(self._limits),
+    def _connect(self, watch: Watch) -> Stream:
+        answer = self._door.send("GET", watch, Budget(self._limits),
                                  headers={"Accept": "text/event-stream"})
         try:
-            if stream.status >= 400:
-                raise refusal(stream, self._door)
-            if stream.status != 200 or stream.content_type != "text/event-stream":
+            if answer.status >= 400:
+                raise refusal(answer, self._door)
+            if answer.status != 200 or answer.content_type != "text/event-stream":
                 raise ProtocolError(f"{self.where}: expected an event stream, got HTTP "
-                                    f"{stream.status} with {stream.content_type or 'no type'}")
+                                    f"{answer.status} with {answer.content_type or 'no type'}")
         except BaseException:
-            stream.close()
+            answer.close()
             raise
-        stream.wire.watch = Watch(LIFE_S, what=f"the event stream of {self.where}")
+        answer.wire.watch = Watch(LIFE_S, what=f"the event stream of {self.where}")
+        stream = Stream(answer)
+        stream.reader = threading.Thread(target=self._read, args=(stream,), name="mcp-sse",
+                                         daemon=True)
+        stream.reader.start()
         return stream
 
-    def _read(self, stream: Answer) -> None:
+    def _read(self, stream: Stream) -> None:
         decoder = Decoder(self._limits.message_bytes)
         fault: McpError = Unreachable(f"{self.where}: the event stream ended")
         try:
-            with stream:
-                for piece in stream.pieces():
+            with stream.answer:
+                for piece in stream.answer.pieces():
                     for event in decoder.feed(piece):
                         self._take(event, stream)
         except EventTooLarge as error:
@@ -141,26 +162,26 @@ class OldSseTransport:
         except McpError as error:
             fault = error
         log.debug("%s", fault)
-        self._fault = fault
-        self._ready.set()
-        for slot in list(self._slots.values()):
+        stream.fault = fault
+        stream.ready.set()
+        for slot in list(stream.slots.values()):
             slot.done.set()
 
-    def _take(self, event: Event, stream: Answer) -> None:
-        if event.event == "endpoint" and self._endpoint is None:
+    def _take(self, event: Event, stream: Stream) -> None:
+        if event.event == "endpoint" and stream.endpoint is None:
             endpoint = self._door.url.join(event.data)
             if endpoint.origin != self._door.url.origin:
                 raise Refused(f"{self.where}: the server wants messages at {endpoint.origin}, "
                               "which is another origin")
-            self._endpoint = endpoint
-            self._ready.set()
+            stream.endpoint = endpoint
+            stream.ready.set()
         elif event.event == "message" and event.data:
             for message in jsonrpc.members(jsonrpc.loads(event.data)):
-                stream.wire.budget.take_message(self.where)
-                self._sort(message)
+                stream.answer.wire.budget.take_message(self.where)
+                self._sort(message, stream)
 
-    def _sort(self, message: dict) -> None:
-        kind, waiting = jsonrpc.kind_of(message), list(self._slots.items())
+    def _sort(self, message: dict, stream: Stream) -> None:
+        kind, waiting = jsonrpc.kind_of(message), list(stream.slots.items())
         if kind == "answer":
             for id, slot in waiting:
                 if jsonrpc.answers(message, id):
@@ -168,7 +189,7 @@ class OldSseTransport:
                     slot.done.set()
         elif kind == "request":
             try:
-                self.notify(jsonrpc.reply_to(message), self._briefly())
+                self._post(jsonrpc.reply_to(message), self._briefly(), stream)
             except McpError as error:
                 log.debug("a request of the server's got no answer: %s", error)
         elif kind == "notification":

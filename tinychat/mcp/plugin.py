@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tinychat.mcp.client import Client, connect_http
 from tinychat.mcp.config import Entry
-from tinychat.mcp.errors import McpError
+from tinychat.mcp.errors import McpError, Unreachable
 from tinychat.mcp.limits import DEFAULT, Limits
 from tinychat.mcp.process import ProcessLimits
 from tinychat.mcp.stdio import StdioTransport
@@ -30,7 +30,7 @@ class Start:
 
     def __init__(self):
         self.done = threading.Event()
-        self.fault: McpError | None = None
+        self.fault: McpError | None = Unreachable("the start did not come to its end")
 
 
 class Plugin:
@@ -92,6 +92,7 @@ class Plugin:
                 self._client = connect_http(
                     self.entry.url, headers=self.entry.headers, called_off=self._closing,
                     label=self.entry.label, limits=self._limits.client)
+            start.fault = None
         except McpError as error:
             log.info("%s: did not start: %s", self.entry.label, error)
             start.fault = error

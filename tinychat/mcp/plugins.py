@@ -30,7 +30,7 @@ class UnknownPlugin(McpError):
 def plugin_error(error: McpError, label: str) -> McpError:
     """Itself, in the contract's words for a server of mcp.json, and with the label."""
     error.type, error.code = "plugin_connection_error", "connection_failed"
-    return error.named(label)
+    return error if error.message.startswith(f"{label} ") else error.named(PREFIX + label)
 
 
 class Plugins:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from tinychat.mcp.command import WINDOWS, Command
 from tinychat.mcp.errors import McpError, ProtocolError, Unreachable, one_line
+from tinychat.mcp.lines import Lines
 
 log = logging.getLogger(__name__)
 
@@ -48,27 +49,6 @@ class Line:
     def withdraw(self) -> None:
         """It is not sent, unless the writer has begun it."""
         self.data = b""
-
-
-class Lines:
-    """Bytes in pieces -> lines, cut at LF only: other ends of lines may stand inside JSON."""
-
-    def __init__(self, max_bytes: int):
-        self._rest, self._max = bytearray(), max_bytes
-
-    def feed(self, piece: bytes) -> Iterator[bytes]:
-        """Raises: ProtocolError for a line that is too long, before it is kept."""
-        *whole, rest = piece.split(b"\n")
-        for end in whole:
-            self._add(end)
-            line, self._rest = bytes(self._rest), bytearray()
-            yield line
-        self._add(rest)
-
-    def _add(self, part: bytes) -> None:
-        if len(self._rest) + len(part) > self._max:
-            raise ProtocolError(f"expected lines of at most {self._max} bytes, got a longer one")
-        self._rest += part
 
 
 class Process:

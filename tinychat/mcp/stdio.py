@@ -31,7 +31,7 @@ class Slot:
     """One who waits for an answer of one process."""
 
     def __init__(self, process: Process, message: dict, watch: Watch, limits: Limits):
-        self.process, self.watch = process, watch
+        self.process, self.watch, self.id = process, watch, message["id"]
         self.is_greeting = message["method"] in GREETINGS
         self.done, self.budget = threading.Event(), Budget(limits)
         self.answer: dict | None = None
@@ -69,11 +69,11 @@ class StdioTransport:
     """See transport.Transport. The process starts at the first request."""
 
     def __init__(self, command: Command, *, limits: Limits = DEFAULT,
-                 process_limits: ProcessLimits = ProcessLimits(), starts: Starts | None = None):
+                 process_limits: ProcessLimits = ProcessLimits()):
         self.where = command.where
         self.on_notification = lambda message: None
         self._command, self._limits, self._process_limits = command, limits, process_limits
-        self._starts = starts or Starts(process_limits)
+        self._starts = Starts(process_limits)
         self._lock = threading.Lock()
         self._process: Process | None = None
         self._ending: list[Process] = []
@@ -218,17 +218,16 @@ class StdioTransport:
     def _sort(self, process: Process, message: dict) -> None:
         kind, slots = jsonrpc.kind_of(message), self._slots_of(process)
         if kind == "answer":
-            slot = self._slots.get(message["id"]) if type(message.get("id")) is int else None
-            if slot and slot.process is process:
-                slot.answer = message
-                slot.done.set()
+            for slot in slots:
+                if jsonrpc.answers(message, slot.id):
+                    slot.answer = message
+                    slot.done.set()
             return
         if kind == "request":
             self._reply(process, message)
-        elif token := jsonrpc.progress_token(message):
-            slots = [slot for slot in slots if type(token) is int and
-                     slot is self._slots.get(token)]
-            for slot in slots:
+        elif of := [slot for slot in slots if jsonrpc.shows_progress(message, slot.id)]:
+            slots = of  # who reports much of one call costs the others nothing
+            for slot in of:
                 slot.watch.alive()
         else:
             self.on_notification(message)

@@ -45,6 +45,7 @@ class HttpTransport:
         self.on_notification = lambda message: None
         self._door, self._limits = door, door.limits
         self._session: str | None = None  # a secret
+        self._disowned: str | None = None  # a session that the server says it does not know
         self._version: str | None = None
         self._errands = Errands()
 
@@ -105,15 +106,24 @@ class HttpTransport:
         """Raises: SessionLost, ServerError for a status of 400 and above, other McpErrors."""
         fields = {"Content-Type": JSON, "Accept": f"{JSON}, {EVENTS}",
                   **self._era_headers(message), **extra}
+        session = fields.get(SESSION)
+        if session and session == self._disowned:
+            raise SessionLost(f"{self.where}: the server does not know our session")
         answer = self._door.send("POST", watch, budget, headers=fields,
                                  body=jsonrpc.dumps(message))
         if answer.status < 400:
             return answer
         with answer:
-            if answer.status == 404 and SESSION in fields:
+            if answer.status == 404 and session:
                 raise SessionLost(f"{self.where}: the server has forgotten our session (HTTP 404)",
                                   http_status=404)
-            raise refusal(answer, self._door, self._session)
+            error = refusal(answer, self._door, self._session)
+            # Many servers say so instead of 404 when they were restarted. It may mean other things
+            # too, so this request is over; the next one begins with another session.
+            said = error.message.replace(self.where, "").lower()
+            if answer.status == 400 and session and "session" in said:
+                self._disowned = session
+            raise error
 
     def _era_headers(self, message: dict) -> dict[str, str]:
         """What the era wants of every request: its message repeated, or version and session."""
