@@ -30,7 +30,7 @@ FORMATS = {  # each with the text that begins a call
     "named, section": (NamedCalls("<|call|>function<|sep|>", "\n```json\n", "\n```<|end_call|>",
                                   "<|calls|>", "<|end_calls|>"), "<|calls|>"),
     "named, bare keys": (NamedCalls("<|tool_call>call:", "", "<tool_call|>", quote='<|"|>'),
-                         "<|tool_call>"),
+                         "<|tool_call>call:"),
     "tagged": (TaggedCalls("<tool_call>\n<function=", ">\n", "<parameter=", ">\n", "\n</parameter>\n",
                            "</function>\n</tool_call>"), "<tool_call>"),
     "tagged, section": (TaggedCalls('<invoke name="', '">\n', '<parameter name="', '">',

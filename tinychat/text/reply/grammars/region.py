@@ -42,14 +42,22 @@ def own_name(name: str) -> str:
     return name.strip().removeprefix("functions.")
 
 
-def close(source: Source, region: Region, literal: str) -> Reading:
-    """Reads the closing marker, which may be missing if something else comes. Raises: Ended."""
+def close(source: Source, region: Region, literal: str, *others: str) -> Reading:
+    """Reads the closing marker, which may be missing if something else comes.
+
+    others: literals that might have come instead. Raises: Ended, also in the midst of one.
+    """
     if literal.strip() and not (yield from accept_parts(source, literal)):
         yield from source.ahead()
         rest = source.rest.strip()
-        if not rest or source.ended and literal.strip().startswith(rest):
+        if not rest or source.ended and any(_begins(one, rest) for one in (literal, *others)):
             raise Ended
     region.finish()
+
+
+def _begins(literal: str, rest: str) -> bool:
+    """Is `rest` the beginning of the literal, or of one of its parts?"""
+    return any(part.strip().startswith(rest) for part in (literal, *_PARTS.split(literal)) if part)
 
 
 def accept_parts(source: Source, literal: str) -> Generator[None, None, bool]:

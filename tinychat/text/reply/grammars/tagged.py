@@ -83,7 +83,7 @@ class TaggedCalls:
             key, value = yield from self._argument(source, schema)
             arguments[key] = value
         region.called(region.name, arguments)
-        yield from close(source, region, self.close)
+        yield from close(source, region, self.close, self.key_open)
 
     def _check_name(self, source: Source, region: Region, name: str) -> Reading:
         if name in region.schemas:
