@@ -12,11 +12,8 @@ TESTS = Path(__file__).parent
 N_STATEMENTS = 149
 CITED = re.compile(r"\bC-(\d{3})\b")
 
-# What needs MCP servers or a model that sees, and why it is not held yet.
-LATER = {
-    **dict.fromkeys([51, 52, 63, 64, 65, 66, 80, 83, 98, *range(111, 113), *range(115, 127)],
-                    "needs MCP servers"),
-}
+# What is not held yet, and why: number -> reason.
+LATER: dict[int, str] = {}
 
 
 def cited() -> dict[int, list[str]]:
