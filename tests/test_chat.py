@@ -4,7 +4,7 @@ import threading
 
 import pytest
 from contract_checker import check_response, check_stream
-from helpers_chat import KEY, WAIT_S, ScriptedEntry, ScriptedLibrary, ids_of, reasoning_entry, says
+from helpers_chat import KEY, WAIT_S, ScriptedEntry, ScriptedLibrary, reasoning_entry, says
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -9,7 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from contract_checker import check_error, check_models, check_response, check_stream, parse_sse
+from contract_checker import check_error, check_models, check_stream, parse_sse
 from helpers_chat import KEY, WAIT_S, Client, ScriptedEntry, ScriptedLibrary, reasoning_entry, says
 from hypothesis import given, settings
 from hypothesis import strategies as st
