@@ -7,6 +7,7 @@ import json
 from tinychat.text.prompt.traits import Traits
 from tinychat.text.prompt.writing import tools_text, written_calls
 from tinychat.text.reply.format import Format
+from tinychat.text.reply.values import properties_of
 
 RESULT_OPEN, RESULT_CLOSE = "<tool_response>\n", "\n</tool_response>"
 
@@ -126,9 +127,8 @@ def _plainer(schema, depth: int):
     if isinstance(schema.get("enum"), list):
         plain["enum"] = schema["enum"]
     if kind == "object":
-        properties = schema.get("properties")
-        properties = properties if isinstance(properties, dict) else {}
-        plain["properties"] = {key: _plainer(one, depth + 1) for key, one in properties.items()}
+        plain["properties"] = {key: _plainer(one, depth + 1)
+                               for key, one in properties_of(schema).items()}
         plain["required"] = schema.get("required") or []
         others = schema.get("additionalProperties")
         plain["additionalProperties"] = _plainer(others, depth + 1)

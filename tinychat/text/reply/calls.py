@@ -6,7 +6,7 @@ oneOf, allOf and references inside the schema; patterns, formats and bounds are 
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat.text.reply.values import KINDS, is_of, kind_of
+from tinychat.text.reply.values import KINDS, is_of, kind_of, properties_of
 
 MAX_DEPTH = 64
 
@@ -42,6 +42,16 @@ class InvalidCall:
 
     def to_item(self) -> dict:
         return {"type": "invalid_tool_call", "reason": self.reason, "metadata": self.metadata()}
+
+
+def started(name: str, schemas: dict[str, dict]) -> CallStarted | InvalidCall:
+    """What is told once the name of a call is complete."""
+    return CallStarted(name) if name in schemas else unknown_tool(name)
+
+
+def unfinished(name: str, arguments: dict | None) -> InvalidCall:
+    """A call to an offered tool that the end of the generation cut off."""
+    return InvalidCall("invalid_arguments", name, f"The call of {name} was not finished.", arguments)
 
 
 def unknown_tool(name: str) -> InvalidCall:
@@ -118,8 +128,7 @@ class _Check:
         for name in _list_in(schema, "required"):
             if isinstance(name, str) and name not in value:
                 return f"{at}.{name} is missing"
-        properties = schema.get("properties")
-        properties = properties if isinstance(properties, dict) else {}
+        properties = properties_of(schema)
         others = schema.get("additionalProperties")
         if isinstance(schema.get("patternProperties"), dict):
             others = None

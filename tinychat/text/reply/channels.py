@@ -5,7 +5,7 @@
 """
 import re
 
-from tinychat.text.reply.calls import judge, unknown_tool, CallStarted, InvalidCall
+from tinychat.text.reply.calls import judge, started, unfinished
 from tinychat.text.reply.emitter import MESSAGE, REASONING, Emitter, Event
 from tinychat.text.reply.grammars.region import own_name
 from tinychat.text.reply.literals import held_back
@@ -87,8 +87,7 @@ class ChannelParser:
         self._span_from = self._position
         self._body = []
         if self._kind == _CALL:
-            known = self._name in self._schemas
-            self._emitter.call(CallStarted(self._name) if known else unknown_tool(self._name))
+            self._emitter.call(started(self._name, self._schemas))
         else:
             self._emitter.open(self._kind)
         return True
@@ -140,8 +139,7 @@ class ChannelParser:
         arguments = self._muse_arguments(body) if self._muse else parse(body or "{}")
         arguments = arguments if isinstance(arguments, dict) else None
         if cut:
-            self._emitter.call(InvalidCall("invalid_arguments", self._name, f"The call of "
-                                           f"{self._name} was not finished.", arguments))
+            self._emitter.call(unfinished(self._name, arguments))
         else:
             self._emitter.call(judge(self._name, arguments, self._schemas))
 
@@ -149,9 +147,8 @@ class ChannelParser:
         call = _MUSE_CALL.search(body)
         if not call:
             return parse(body)
-        properties = self._schemas[self._name].get("properties")
-        properties = properties if isinstance(properties, dict) else {}
-        found = {key: typed(text, properties.get(key), key in properties)
+        schema = self._schemas[self._name]
+        found = {key: typed(text, key, schema)
                  for _, key, text in _MUSE_VALUE.findall(call[2])}
         left = _MUSE_VALUE.sub("", call[2])
         return BAD if "<" in left.split("</")[0] else found

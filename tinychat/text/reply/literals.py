@@ -5,6 +5,7 @@ private characters stand for what changes from call to call.
 """
 import re
 from functools import lru_cache
+from os.path import commonprefix  # of any texts, character by character
 
 NUMBER = "\U0010F000"   # digits
 ANY_ID = "\U0010F001"   # the id of a call
@@ -17,7 +18,7 @@ MARKER = re.compile(
     r"|\[/?[A-Z][A-Z_ ]*[A-Z]\]"
     r"|\[e~\[|\]~[a-z]\]", re.S)
 _ATOMS = re.compile(f"\\s+|[{NUMBER}{ANY_ID}{FREE}]|[^\\s{NUMBER}{ANY_ID}{FREE}]+")
-_KINDS = {NUMBER: r"\d+", ANY_ID: r"[A-Za-z0-9_.:-]+?", FREE: r"[^\"]*"}
+_CHANGING = (" ", NUMBER, ANY_ID, FREE)
 
 
 @lru_cache(512)
@@ -28,15 +29,12 @@ def atoms(literal: str) -> tuple[str, ...]:
 
 def first_text(literal: str) -> str:
     """What a search for the literal looks for: '\\n<tool_call>\\n{' -> '<tool_call>'."""
-    return next((atom for atom in atoms(literal) if atom != " " and atom not in _KINDS), "")
+    return next(iter(fixed_texts(literal)), "")
 
 
-@lru_cache(512)
-def pattern(literal: str) -> re.Pattern:
-    """The literal as a regular expression, white space free."""
-    parts = [r"\s*" if atom == " " else _KINDS.get(atom) or re.escape(atom)
-             for atom in atoms(literal)]
-    return re.compile("".join(parts))
+def fixed_texts(literal: str) -> list[str]:
+    """The atoms that stand for themselves."""
+    return [atom for atom in atoms(literal) if atom not in _CHANGING]
 
 
 def markers(text: str) -> list[str]:
@@ -45,19 +43,22 @@ def markers(text: str) -> list[str]:
 
 def common_prefix(a: str, b: str) -> int:
     """How far both agree, cut back so as not to end inside a marker of either."""
-    n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    n = len(commonprefix([a, b]))
     return min(_outside_marker(a, n), _outside_marker(b, n))
 
 
 def common_suffix(a: str, b: str) -> int:
     """How much of their ends both share, beginning at no marker's inside."""
-    n = next((i for i, (x, y) in enumerate(zip(reversed(a), reversed(b))) if x != y),
-             min(len(a), len(b)))
+    n = n_common_end(a, b)
     for text in (a, b):
         for match in MARKER.finditer(text):
             if match.start() < len(text) - n < match.end():
                 n = len(text) - match.end()
     return n
+
+
+def n_common_end(a: str, b: str) -> int:
+    return len(commonprefix([a[::-1], b[::-1]]))
 
 
 def _outside_marker(text: str, n: int) -> int:

@@ -14,7 +14,8 @@ from tinychat.text.reply.grammars.tagged import KEY
 from tinychat.text.reply.known import (
     CALLS_BY_TEXT, END_OF_TURN, FRAMES, REASONING_PAIRS, WRAPPERS_BY_TEXT)
 from tinychat.text.reply.literals import (
-    ANY_ID, FREE, MARKER, NUMBER, common_prefix, common_suffix, markers)
+    ANY_ID, FREE, MARKER, NUMBER, common_prefix, common_suffix, markers,
+    n_common_end)
 from tinychat.text.prompt.needles import CONTENT, KEYS, RESULT, THOUGHT, TOOLS, VALUES, Render, assistant
 from tinychat.text.reply.values import BAD
 
@@ -308,9 +309,7 @@ def _tagged_calls(one: str, two: str) -> TaggedCalls | None:
 
 def _key_opening(a: str, b: str) -> str:
     """The common ending of what stands before two keys, from its first marker on."""
-    n = next((i for i, (x, y) in enumerate(zip(reversed(a), reversed(b))) if x != y),
-             min(len(a), len(b)))
-    ending = a[len(a) - n:]
+    ending = a[len(a) - n_common_end(a, b):]
     start = re.search(r"<|\]<\]|\[", ending)
     return ending[start.start():] if start else ending.lstrip()
 
@@ -321,11 +320,3 @@ def _after_value(text: str, val_close: str) -> str:
         if text.startswith(ending):
             return text[len(ending):]
     return text
-
-
-def probe_source(source: str) -> Format:
-    """The format of a template given as text alone."""
-    from tinychat.text.prompt.template import ChatTemplate  # it asks for probes itself
-    return ChatTemplate(source).format
-
-

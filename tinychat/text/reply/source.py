@@ -51,15 +51,6 @@ class Source:
                 raise Ended
             yield
 
-    def peek(self) -> Generator[None, None, str]:
-        """The next character, "" at the end."""
-        try:
-            while self._pos == len(self._text):
-                yield from self.more()
-        except Ended:
-            return ""
-        return self._text[self._pos]
-
     def ahead(self) -> Generator[None, None, str]:
         """The next character that is no white space, "" at the end; nothing is read."""
         while not (found := self.rest.lstrip()):

@@ -14,7 +14,6 @@ _STRING = {quote: re.compile(rf"{quote}((?:[^{quote[0]}\\]|\\.|{quote[0]}(?!{quo
            for quote in ('"""', "'''", '"', "'")}
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{1,3}|.)", re.S)
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "a": "\a", "\n": ""}
-FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*\Z", re.S)
 
 
 def parse(text: str) -> Any:
@@ -194,9 +193,15 @@ def _unescaped(match: re.Match) -> str:
 
 # Text that stands for a value, typed by the tool's schema
 
-def typed(text: str, schema: Any, known: bool) -> Any:
-    """What the text of one parameter means. known: the schema has that parameter."""
-    kinds = kinds_of(schema) if known else None
+def properties_of(schema: dict) -> dict[str, Any]:
+    found = schema.get("properties")
+    return found if isinstance(found, dict) else {}
+
+
+def typed(text: str, key: str, schema: dict) -> Any:
+    """What the text of the parameter `key` means. schema: of all the tool's arguments."""
+    properties = properties_of(schema)
+    kinds = kinds_of(properties[key]) if key in properties else None
     if kinds is None:                           # not in the schema, or any type goes
         value = _json(text)
         return text if value is BAD else value

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinychat.text.reply import literals
-from tinychat.text.reply.grammars.region import NotACall, Reading, Region, close, own_name
+from tinychat.text.reply.grammars.region import (
+    NotACall, Reading, Region, close, openings_of, own_name)
 from tinychat.text.reply.source import Source
 from tinychat.text.reply.values import BAD, parse
 
@@ -25,8 +26,8 @@ _ARGUMENTS_KEY = re.compile(rf'"(?:{"|".join(ARGUMENTS_KEYS)})"\s*:')
 class JsonCalls:
     """An empty `open`: the whole output is the call, or none of it.
 
-    template: how the template writes one call, for those who have to write or to force one: the
-    keys of name and arguments, and whether calls stand in an array.
+    name_key, arguments_key, array: how the template writes a call, for those who have to write or to
+    force one; without a name_key the name is the key of the arguments.
     """
 
     open: str = "<tool_call>"
@@ -36,7 +37,7 @@ class JsonCalls:
     array: bool = False
 
     def openings(self) -> tuple[str, ...]:
-        return (literals.first_text(self.open),) if self.open.strip() else ()
+        return openings_of(self.open)
 
     def closing(self) -> str:
         return literals.first_text(self.close)

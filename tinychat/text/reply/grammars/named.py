@@ -9,7 +9,7 @@ from typing import Any
 
 from tinychat.text.reply import literals
 from tinychat.text.reply.grammars.region import (
-    NotACall, Reading, Region, accept_parts, close, own_name)
+    NotACall, Reading, Region, accept_parts, close, openings_of, own_name)
 from tinychat.text.reply.source import Ended, Source
 from tinychat.text.reply.values import BAD, MAX_DEPTH, parse
 
@@ -31,11 +31,10 @@ class NamedCalls:
     quote: str = ""
 
     def openings(self) -> tuple[str, ...]:
-        texts = (literals.first_text(self.section_open), literals.first_text(self.open))
-        return tuple(dict.fromkeys(text for text in texts if text))
+        return openings_of(self.section_open, self.open)
 
     def closing(self) -> str:
-        return (literals.first_text(self.section_close) or literals.first_text(self.close))
+        return literals.first_text(self.section_close) or literals.first_text(self.close)
 
     def read(self, source: Source, region: Region) -> Reading:
         if self.section_open:
@@ -78,8 +77,7 @@ class NamedCalls:
 
     def _sep_texts(self) -> tuple[str, str]:
         """The first text of the separator, and the last if it has more: an id between gets lost."""
-        texts = [atom for atom in literals.atoms(self.sep)
-                 if atom not in (" ", literals.NUMBER, literals.ANY_ID, literals.FREE)]
+        texts = literals.fixed_texts(self.sep)
         return (texts[0], texts[-1]) if texts else ("", "")
 
     def name_in(self, begun: str) -> str | None:

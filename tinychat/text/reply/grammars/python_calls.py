@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 
 from tinychat.text.reply import literals
-from tinychat.text.reply.grammars.region import NotACall, Reading, Region, close, own_name
+from tinychat.text.reply.grammars.region import (
+    NotACall, Reading, Region, close, openings_of, own_name)
 from tinychat.text.reply.source import Source
 from tinychat.text.reply.values import BAD, LiteralReader, NoLiteral
 
@@ -23,7 +24,7 @@ class PythonCalls:
     close: str = ""
 
     def openings(self) -> tuple[str, ...]:
-        return (literals.first_text(self.open),) if self.open.strip() else ()
+        return openings_of(self.open)
 
     def closing(self) -> str:
         return literals.first_text(self.close)

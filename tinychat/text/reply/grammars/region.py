@@ -4,7 +4,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinychat.text.reply.literals import MARKER
+from tinychat.text.reply.literals import MARKER, first_text
 from tinychat.text.reply.source import Ended, Source
 
 Reading = Generator[None, None, None]
@@ -35,6 +35,11 @@ class Region:
         """The calls read so far have ended."""
         self.done += self.whole
         self.whole, self.name = [], None
+
+
+def openings_of(*literals: str) -> tuple[str, ...]:
+    """What a search for these openings looks for; nothing for empty ones."""
+    return tuple(dict.fromkeys(text for literal in literals if (text := first_text(literal))))
 
 
 def own_name(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tinychat.text.reply import literals
 from tinychat.text.reply.grammars.region import (
-    NotACall, Reading, Region, accept_parts, close, own_name)
+    NotACall, Reading, Region, accept_parts, close, openings_of, own_name)
 from tinychat.text.reply.source import Ended, Source
 from tinychat.text.reply.values import typed
 
@@ -36,9 +36,8 @@ class TaggedCalls:
     section_close: str = ""
 
     def openings(self) -> tuple[str, ...]:
-        texts = [literals.first_text(self.section_open), literals.first_text(self.open)]
         inner = _INNER_OPEN.search(self.open)  # some models leave out the tag round it
-        return tuple(dict.fromkeys(text for text in (*texts, inner and inner[0]) if text))
+        return openings_of(self.section_open, self.open, inner[0] if inner else "")
 
     def closing(self) -> str:
         return literals.first_text(self.section_close) or (self.close.split() or [""])[-1]
@@ -106,19 +105,16 @@ class TaggedCalls:
             inside, _ = yield from source.until(CDATA[1])
         text, _ = yield from source.until(ending)
         source.skip(len(ending))
-        text = inside + text
-        properties = schema.get("properties")
-        properties = properties if isinstance(properties, dict) else {}
-        return key, self._value(text, key, properties)
+        return key, self._value(inside + text, key, schema)
 
-    def _value(self, text: str, key: str, properties: dict) -> Any:
+    def _value(self, text: str, key: str, schema: dict) -> Any:
         if match := _CDATA.match(text):
-            return typed(match[1], properties.get(key), key in properties)
+            return typed(match[1], key, schema)
         if self.key_end[-1:] == "\n":
             text = text.removeprefix("\n")
         if self.val_close[:1] == "\n":
             text = text.removesuffix("\n")
-        return typed(text, properties.get(key), key in properties)
+        return typed(text, key, schema)
 
     def name_in(self, begun: str) -> str | None:
         return None  # the region has it as soon as it is complete
