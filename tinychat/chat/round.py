@@ -6,6 +6,7 @@ from tinychat.engine.sequence import Sequence, Update
 from tinychat.errors import TinychatError
 from tinychat.library import LoadedModel
 from tinychat.text.reply.emitter import Event
+from tinychat.text.reply.format import is_silent
 from tinychat.text.reply.parse import parser_for
 
 
@@ -30,7 +31,7 @@ class Round:
         self._check, self._wait_s = check, wait_s
         format = model.template.format
         self._parser = parser_for(format, prompt.schemas, prompt.prefill)
-        self._markers = format.texts()
+        self._spelled = format.texts()
         self._decoder = model.tokenizer.decoder()
         self._n_chars = 0                  # of text given to the parser
         self._ends: list[int] = []         # where each token's text ends
@@ -55,22 +56,18 @@ class Round:
     def token(self, id: int) -> list[Event]:
         """What may be shown now that this token has come."""
         self.generated.append(id)
-        text = self._decoder.feed(id) if self._is_text(id) else ""
+        tokenizer = self.model.tokenizer
+        if id in tokenizer.stop_ids or is_silent(tokenizer, id, self._spelled):
+            self._ends.append(self._n_chars)
+            return []
+        text = self._decoder.feed(id)
         self._n_chars += len(text)
         self._ends.append(self._n_chars)
         events = self._parser.feed(text) if text else []
-        if self._parser.over and not self.stopped_early and self._is_text(id):
+        if self._parser.over and not self.stopped_early:
             self.stopped_early = True
             self.model.engine.cancel(self.sequence)
         return events
-
-    def _is_text(self, id: int) -> bool:
-        """Control tokens are spelled out where they are part of the format, else they show
-        nothing; those that end the turn never do."""
-        tokenizer = self.model.tokenizer
-        if id in tokenizer.stop_ids:
-            return False
-        return not tokenizer.is_control(id) or tokenizer.decode([id]) in self._markers
 
     def finished(self, reason: str, error: Exception | None) -> list[Event]:
         """The end of the engine's work, and what was held back. Raises: TinychatError."""

@@ -13,7 +13,8 @@ from tinychat.text.guide.automaton import State
 from tinychat.text.guide.calls import json_call, named_call, python_call
 from tinychat.text.guide.tagged import tagged_call
 from tinychat.text.guide.tokens import TokenTrie
-from tinychat.text.reply.format import Format, JsonCalls, NamedCalls, PythonCalls, TaggedCalls
+from tinychat.text.reply.format import (
+    Format, JsonCalls, NamedCalls, PythonCalls, TaggedCalls, is_silent)
 from tinychat.text.reply.literals import first_text
 from tinychat.text.reply.parser import Parser
 
@@ -69,29 +70,26 @@ class CallGuide:
 
     def accept(self, id: int) -> None:
         """Takes note of the token that was chosen."""
-        text = "" if self._is_silent(id) else self._decoder.feed(id)
+        silent = id in self._eog or is_silent(self._tokenizer, id, self._spelled)
+        text = "" if silent else self._decoder.feed(id)
         if text:
             self._parser.feed(text)
-        begun = self._parser.call_begun
+        call = self._parser.call
         if self._state is not None:
-            self._go_on(id, begun)
-        elif begun is None:
+            self._go_on(id, in_call=call is not None)
+        elif call is None:
             self._given_up = False
         elif not self._given_up:
-            self._enter(*begun)
+            self._enter(call.marker, call.text)
 
-    def _go_on(self, id: int, begun: tuple[str, str] | None) -> None:
+    def _go_on(self, id: int, in_call: bool) -> None:
         self._state = self._trie.advance(self._state, id)
-        self._between = self._between and begun is None
+        self._between = self._between and not in_call
         if self._state is None:
             self._between = False
-            self._given_up = begun is not None
+            self._given_up = in_call
         elif self._state.done and self._closes:
             self._state, self._between = self._start(None), True
-
-    def _is_silent(self, id: int) -> bool:
-        return id in self._eog or (self._tokenizer.is_control(id)
-                                   and self._tokenizer.tokens[id] not in self._spelled)
 
     def _enter(self, marker: str, text: str) -> None:
         """A region has begun; `text` is what came of it, its marker included."""

@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from tinychat.text.guide.automaton import State
+from tinychat.text.reply.format import is_silent
 from tinychat.text.tokenizer import Tokenizer
 
 MAX_MASKS = 64             # 10 MB for a vocabulary of 150 000
@@ -27,8 +28,8 @@ class TokenTrie:
     def __init__(self, tokenizer: Tokenizer, spelled: str = ""):
         self._tokenizer = tokenizer
         self._ends = frozenset(tokenizer.eog_ids)
-        self._mute = frozenset(id for id in range(tokenizer.n_vocab) if tokenizer.is_control(id)
-                               and tokenizer.tokens[id] not in spelled)
+        self._mute = frozenset(id for id in range(tokenizer.n_vocab)
+                               if is_silent(tokenizer, id, spelled))
         self._masks: OrderedDict[State, np.ndarray | None] = OrderedDict()
         self._lock = threading.Lock()
 

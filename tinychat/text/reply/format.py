@@ -29,6 +29,12 @@ class Format:
                           *FRAME_TEXTS.get(self.frame, ())])
 
 
+def is_silent(tokenizer, id: int, spelled: str) -> bool:
+    """Does a token show nothing? Control tokens do, but for those that stand in `spelled`, the texts
+    of a format: they are spelled out."""
+    return tokenizer.is_control(id) and tokenizer.tokens[id] not in spelled
+
+
 FRAME_TEXTS = {
     "harmony": ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>",
                 "<|return|>"),
@@ -37,4 +43,4 @@ FRAME_TEXTS = {
 }
 
 __all__ = ["DEFAULT_REASONING", "FALLBACK", "FRAME_TEXTS", "Format", "Grammar", "JsonCalls",
-           "NamedCalls", "PythonCalls", "TaggedCalls"]
+           "NamedCalls", "PythonCalls", "TaggedCalls", "is_silent"]
