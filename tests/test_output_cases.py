@@ -7,6 +7,8 @@ import pytest
 
 import tinychat
 from tinychat.text.prompt.template import ChatTemplate
+from tinychat.text.reply.calls import Call, CallStarted, InvalidCall
+from tinychat.text.reply.format import Format, JsonCalls, PythonCalls
 from tinychat.text.reply.parse import items, parser_for, schemas_of
 
 OWN = Path(__file__).with_name("output-cases.jsonl")
@@ -85,8 +87,24 @@ MARKERS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<function=now>
            "<parameter=text>", "</parameter>", '{"name": "now", "arguments": {}}', "{", "}", "[", "]",
            '"', "'", "\\", "\n", " ", "x", "é🌍", "[TOOL_CALLS]", "[ARGS]", "<|channel|>", "<|message|>",
            "<|end|>", "analysis", "to=functions.now", ">>>", "all", "now(", ")", "<|im_end|>", "<",
-           '{"name": "read_page", "arguments": {"url": "', "<arg_key>", "call:now{", '<|"|>']
+           '{"name": "read_page", "arguments": {"url": "', "<arg_key>", "call:now{", '<|"|>',
+           '{"name": "read_page", "arguments": {x}}', "[now(", "now(a=1)]", "<|tool_call_start|>",
+           "<|tool_call_end|>", "read_page", "\\\"", ")]"]
 SOURCES = sorted({case["chat_template"] for case in CASES})
+
+
+def assert_started_calls_end(events) -> None:
+    """What was started is concluded next, under its own name, and no call comes unannounced."""
+    started = None
+    for event in events:
+        if started:
+            assert isinstance(event, (Call, InvalidCall)) and event.tool == started, events
+            started = None
+        elif isinstance(event, CallStarted):
+            started = event.tool
+        else:
+            assert not isinstance(event, Call), events
+    assert not started, events
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -102,7 +120,9 @@ def test_no_text_breaks_a_parser_and_every_chunking_agrees(seed):
             for pieces in ([text], text, in_random_pieces(text, seed)):
                 parser = parser_for(format, schemas, prefill)
                 events = [event for piece in pieces for event in parser.feed(piece)]
-                found.append(items([*events, *parser.finish(cut)]))
+                events += parser.finish(cut)
+                assert_started_calls_end(events)
+                found.append(items(events))
             assert found[0] == found[1] == found[2], (format, text, prefill, cut)
             json.dumps(found[0])
 
@@ -126,3 +146,37 @@ def test_a_long_argument_in_small_pieces_costs_linear_time():
         return pstats.Stats(profile).total_calls
 
     assert n_calls(60_000) < 2.2 * n_calls(30_000)
+
+
+BROKEN = '<tool_call>\n{"name": "NAME", "arguments": {broken}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("before", ["", "Hm.\n", "Hm, "])
+@pytest.mark.parametrize("name", ["read_page", "fly"])
+def test_a_closed_region_with_a_name_and_no_arguments_is_one_invalid_call(name, before):
+    """However it comes in: told of once, and the text after it is a message."""
+    text = before + BROKEN.replace("NAME", name) + " So."
+    metadata = ({"type": "invalid_arguments", "tool_name": name} if name in TOOLS else
+                {"type": "invalid_name", "tool_name": name})
+    expected = [*([{"type": "message", "content": before}] if before else []),
+                {"type": "invalid_tool_call", "metadata": metadata},
+                {"type": "message", "content": " So."}]
+    for pieces in ([text], text, *(in_random_pieces(text, seed) for seed in range(5))):
+        parser = parser_for(ChatTemplate(CASES[0]["chat_template"]).format,
+                            schemas_of(TOOLS.values()), "")
+        events = [event for piece in pieces for event in parser.feed(piece)]
+        events += parser.finish(cut=False)
+        assert without_reasons(items(events)) == expected
+        n_started = sum(isinstance(event, CallStarted) for event in events)
+        assert n_started == (name in TOOLS)
+
+
+@pytest.mark.parametrize("text", ['{"name": "read_page", "parameters": broken}', "[now(], now()]"])
+def test_a_bare_value_that_is_no_call_is_the_message_and_starts_nothing(text):
+    for grammar in (JsonCalls("", ""), PythonCalls("", "")):
+        for pieces in ([text], text):
+            parser = parser_for(Format(calls=grammar), schemas_of(TOOLS.values()), "")
+            events = [event for piece in pieces for event in parser.feed(piece)]
+            events += parser.finish(cut=False)
+            assert items(events) == [{"type": "message", "content": text}]
+            assert all(isinstance(event, tuple) for event in events)

@@ -22,6 +22,7 @@ class CallReader:
         self._pieces = [text]
         self._reading = grammar.read(self.source, self.region)
         self._broken = False                  # it holds no call: its end is looked for
+        self._failed = False                  # its one call was told of as invalid
         self._n_done = 0                      # calls of region.done that were judged
         self._announced: str | None = None    # name of the call that `news` has told of
         self._told: list = []
@@ -38,7 +39,7 @@ class CallReader:
 
     @property
     def without_call(self) -> bool:
-        return self._broken and not self._n_done and self._announced is None
+        return self._broken and not (self._failed or self._n_done)
 
     def feed(self, text: str) -> None:
         self._pieces.append(text)
@@ -65,13 +66,18 @@ class CallReader:
 
     def _not_a_call(self) -> str:
         if self.region.whole or self.region.done:
+            name = self._name()
             self.region.finish()
+            self._judge()
+            if name := self._announced or name:
+                self._end_with(judge(name, None, self.schemas))
             return "over"
-        if not self.marker or self.in_reasoning or not self.surely:
+        if not self.marker or self.in_reasoning or not (self.surely or self._name()):
             return "text"
         self._broken = True
         if not self.closing:
-            return "over" if self._name() else "text"
+            self.close_broken()
+            return "over" if self._failed else "text"
         self._reading = self._skip_to_closing()
         return self._step()
 
@@ -86,14 +92,18 @@ class CallReader:
     # What came of it
 
     def _note(self) -> None:
-        """Judges the calls that are done, and announces the name of the next."""
+        """Tells of the calls that are done, and announces the name of the next."""
+        self._judge()
+        name = self._name()
+        # what has no marker may still turn out to be the message
+        if name and self.marker and self._announced is None and not self._failed:
+            self._announced = name
+            self._told.append(started(name, self.schemas))
+
+    def _judge(self) -> None:
         for name, arguments in self.region.done[self._n_done:]:
             self._conclude(judge(name, arguments, self.schemas))
         self._n_done = len(self.region.done)
-        name = self._name()
-        if name and self._announced is None:
-            self._announced = name
-            self._told.append(started(name, self.schemas))
 
     def _conclude(self, call: Call | InvalidCall) -> None:
         if self._announced is not None:
@@ -122,12 +132,12 @@ class CallReader:
         if name:
             self._end_with(unfinished(name, arguments) if name in self.schemas
                            else unknown_tool(name))
-        self._broken = not self._n_done
+        self._broken = not (self._failed or self._n_done)
         return not self._broken
 
     def _end_with(self, call: InvalidCall) -> None:
         """A call that the region never completed."""
-        self._n_done += 1
+        self._failed = True
         self._conclude(call)
 
     def find_closing(self, anywhere: bool) -> int | None:

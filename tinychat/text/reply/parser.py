@@ -98,7 +98,7 @@ class Parser:
             self._begin_calls(marker)
             return True
         meant = not is_plain(marker) or self._boundary
-        if marker in stops:
+        if marker in self._format.stops or marker in stops and self._after_call:
             self._over = True
         elif marker == opening and meant:
             self._drop(len(marker))

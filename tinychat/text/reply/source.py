@@ -17,7 +17,8 @@ class Ended(Exception):
 class Source:
     """`feed` and `end` belong to the parser, the rest to the grammar that reads.
 
-    n_read: characters read in all. begun: the beginning of the value that is being read.
+    n_read: characters read in all. begun: the beginning of the value that is or was being read,
+    until its reader has made a call of it.
     """
 
     def __init__(self, text: str = ""):
@@ -157,9 +158,11 @@ class Source:
             at = [found for end in texts if (found := rest.find(end)) >= 0]
             gap = re.search(r"\s" if " " in ends else r"[\r\n]", rest)
             if gap and not any(found < gap.start() for found in at):
-                if " " not in ends and not any(not rest[gap.start():found].strip() for found in at):
+                following = rest[gap.start():].lstrip()
+                if " " in ends or following.startswith(texts):
+                    at.append(gap.start())
+                elif self.ended or not any(end.startswith(following) for end in texts):
                     return None
-                at.append(gap.start())
             if at and min(at) <= n_most:
                 held = literals.held_back(rest, texts)
                 if not held or len(rest) - held >= min(at) or self.ended:
@@ -190,11 +193,15 @@ class Source:
                     depth += 1 if char in "{[(" else -1
                     if depth <= 0:
                         parts.append(self.skip(at))
+                        self._begin_with(parts[-1])
                         return "".join(parts)
             parts.append(self.skip(len(rest) - n_kept))
-            if len(self.begun) < _BEGINNING:
-                self.begun += parts[-1][:_BEGINNING]
+            self._begin_with(parts[-1])
             yield from self.more()
+
+    def _begin_with(self, part: str) -> None:
+        if len(self.begun) < _BEGINNING:
+            self.begun = (self.begun + part)[:_BEGINNING]
 
 
 _BEGINNING = 4000

@@ -49,6 +49,7 @@ class JsonCalls:
         if (yield from source.space()) not in ("{", "["):
             raise NotACall
         while (yield from source.ahead()) in ("{", "["):
+            region.finish()  # another value shows that the calls before have ended
             yield from source.space()
             found = calls_in(parse((yield from source.value())), region.schemas)
             if found is None or not (self.open or all(has_both for *_, has_both in found)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tinychat.text.reply import literals
 from tinychat.text.reply.grammars.region import (
     NotACall, Reading, Region, close, openings_of, own_name)
-from tinychat.text.reply.source import Source
+from tinychat.text.reply.source import Ended, Source
 from tinychat.text.reply.values import BAD, LiteralReader, NoLiteral
 
 _EARLY_NAME = re.compile(r"\s*\[?\s*([^\W\d][\w.-]*)\(")
@@ -40,6 +40,7 @@ class PythonCalls:
                 raise NotACall
             for name, arguments in calls:
                 region.called(name, arguments)
+            source.begun = ""
         elif self.open and char:
             yield from self._lines(source, region)
         else:
@@ -56,6 +57,7 @@ class PythonCalls:
             text = yield from source.value("()[]{}", BOTH_QUOTES)
             for _, arguments in calls_in(f"[{name}{text}]") or [(name, BAD)]:
                 region.called(region.name, arguments)
+            source.begun = ""
             char = yield from source.ahead()
             if not (char.isalpha() or char == "_"):
                 return
@@ -71,6 +73,8 @@ def calls_in(text: str) -> list[tuple[str, object]] | None:
     calls, at = [], text.index("[") + 1
     while match := _CALL.match(text, at):
         end = _end_of_arguments(text, match.end() - 1)
+        if end is None:
+            return None
         calls.append((own_name(match[1]), _arguments(text[match.end():end])))
         at = end + 1
         rest = text[at:].lstrip()
@@ -80,13 +84,15 @@ def calls_in(text: str) -> list[tuple[str, object]] | None:
     return calls or None
 
 
-def _end_of_arguments(text: str, at: int) -> int:
-    """Where the parenthesis that opens at `at` closes."""
+def _end_of_arguments(text: str, at: int) -> int | None:
+    """Where the parenthesis that opens at `at` closes; None when it never does."""
     source = Source(text[at:])
     source.end()
-    for _ in (reading := source.value("()", BOTH_QUOTES)):
-        pass
-    reading.close()
+    try:
+        for _ in source.value("()", BOTH_QUOTES):
+            pass
+    except Ended:
+        return None
     return at + source.n_read - 1
 
 
