@@ -1,38 +1,17 @@
 """Servers that others wrote, as processes that listen: started on a free port, ended with all that they started."""
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import peers
 import pytest
 from helpers_mcp import wait_until
 
 STOP_S = 5
-
-
-def npm_packages(cache: Path, kind: str, *packages: str) -> Path:
-    """The node_modules with these packages."""
-    if not shutil.which("npm") or not shutil.which("node"):
-        pytest.skip("needs npm and node")
-    return peers._installed(cache, kind, packages, lambda folder: peers._run(
-        "npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", *packages)
-    ) / "node_modules"
-
-
-def python_with(cache: Path, kind: str, *packages: str) -> str:
-    """The path of a Python with these packages."""
-    def install(folder: Path) -> None:
-        peers._run(sys.executable, "-m", "venv", str(folder))
-        peers._run(str(peers._python_in(folder)), "-m", "pip", "install", "--quiet", *packages)
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return str(peers._python_in(peers._installed(cache, kind, (version, *packages), install)))
 
 
 def free_port() -> int:

@@ -27,21 +27,31 @@ def npm_peer(cache: Path, name: str) -> str:
 
 def npm_folder(cache: Path) -> Path:
     """A folder for `npx --prefix`, with all the npm packages."""
+    return npm_packages(cache, "npm", *NPM).parent
+
+
+def npm_packages(cache: Path, kind: str, *packages: str) -> Path:
+    """The node_modules with these packages."""
     if not shutil.which("npm") or not shutil.which("node"):
         pytest.skip("needs npm and node")
 
     def install(folder: Path) -> None:
-        _run("npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", *NPM)
-    return _installed(cache, "npm", NPM, install)
+        _run("npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", *packages)
+    return _installed(cache, kind, packages, install) / "node_modules"
 
 
 def python_peer(cache: Path) -> str:
     """The path of a Python that has the PyPI packages; run them with -m."""
+    return python_with(cache, "python", *PYPI)
+
+
+def python_with(cache: Path, kind: str, *packages: str) -> str:
+    """The path of a Python with these packages."""
     def install(folder: Path) -> None:
         _run(sys.executable, "-m", "venv", str(folder))
-        _run(str(_python_in(folder)), "-m", "pip", "install", "--quiet", *PYPI)
+        _run(str(_python_in(folder)), "-m", "pip", "install", "--quiet", *packages)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return str(_python_in(_installed(cache, "python", (version, *PYPI), install)))
+    return str(_python_in(_installed(cache, kind, (version, *packages), install)))
 
 
 def _python_in(folder: Path) -> Path:

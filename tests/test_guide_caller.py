@@ -64,11 +64,15 @@ def tokenizer(request) -> Tokenizer:
         return Tokenizer.from_metadata(file.metadata)
 
 
+def guide_of(tokenizer: Tokenizer, prefill: str = "", grammar=JsonCalls()) -> CallGuide:
+    format = Format(calls=grammar)
+    return CallGuide(format, SCHEMAS, prefill, tokenizer, TokenTrie(tokenizer, format.texts()))
+
+
 def generate(tokenizer, grammar, begun: str, seed: int, temperature: float = 1.0, n_most: int = 600):
     """(events of the parser, text) of a random model that has begun with `begun`."""
     format = Format(calls=grammar)
-    trie = TokenTrie(tokenizer, format.texts())
-    guide = CallGuide(format, SCHEMAS, "", tokenizer, trie)
+    guide = guide_of(tokenizer, grammar=grammar)
     executor = Random(tokenizer, seed)
     sampler = Sampler(SamplingParams(temperature=temperature, top_k=0, top_p=1, min_p=0), seed, guide)
     parser, decoder, text = parser_for(format, SCHEMAS, ""), tokenizer.decoder(), ""
@@ -106,25 +110,19 @@ def test_noise_becomes_a_call_that_the_schema_accepts(tokenizer, name, temperatu
     assert n_ended
 
 
-def test_text_before_a_call_is_nobodys_business(tokenizer):
-    format = Format(calls=JsonCalls())
-    guide = CallGuide(format, SCHEMAS, "", tokenizer, TokenTrie(tokenizer, format.texts()))
-    for id in tokenizer.encode("Say <b> {\"name\": 5} and <tool_cal, then"):
-        guide.accept(id)
-        assert not guide.active
-
-
-def test_a_call_in_reasoning_is_not_guided(tokenizer):
-    format = Format(calls=JsonCalls())
-    guide = CallGuide(format, SCHEMAS, "<think>\n", tokenizer, TokenTrie(tokenizer, format.texts()))
-    for id in tokenizer.encode("Perhaps <tool_call>{\"nam"):
+@pytest.mark.parametrize("prefill, text", [
+    ("", "Say <b> {\"name\": 5} and <tool_cal, then"),
+    ("<think>\n", "Perhaps <tool_call>{\"nam"),
+], ids=["text before a call", "a call in reasoning"])
+def test_outside_of_calls_nothing_is_guided(tokenizer, prefill, text):
+    guide = guide_of(tokenizer, prefill)
+    for id in tokenizer.encode(text):
         guide.accept(id)
         assert not guide.active
 
 
 def test_after_a_call_the_turn_ends_or_another_call_follows(tokenizer):
-    format = Format(calls=JsonCalls())
-    guide = CallGuide(format, SCHEMAS, "", tokenizer, TokenTrie(tokenizer, format.texts()))
+    guide = guide_of(tokenizer)
     for id in tokenizer.encode('<tool_call>{"name": "now", "arguments": {}}</tool_call>'):
         assert not guide.active or guide.allows(id)
         guide.accept(id)

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_peers_http import end, npm_packages
+from helpers_peers_http import end
+from peers import npm_packages
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="paths of POSIX")
 CLIENT = Path(__file__).with_name("conformance_client.py")

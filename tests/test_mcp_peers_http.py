@@ -18,7 +18,7 @@ import peers
 import pytest
 from helpers_mcp import raw_server, read_request, wait_until, watch
 from helpers_mcp_stdio import at_once, mcp_threads
-from helpers_peers_http import free_port, listening, npm_packages, python_with
+from helpers_peers_http import free_port, listening
 from PIL import Image
 
 from tinychat.mcp.client import Client, connect_http
@@ -444,7 +444,7 @@ def serving(sdk: str, cache: Path, folder: Path, port: int | None = None):
     port = port or free_port()
     if sdk == "typescript":
         with suppress(FileExistsError):
-            (folder / "node_modules").symlink_to(npm_packages(cache, "typescript", *TYPESCRIPT_PACKAGES))
+            (folder / "node_modules").symlink_to(peers.npm_packages(cache, "typescript", *TYPESCRIPT_PACKAGES))
         (folder / "server.mjs").write_text(TYPESCRIPT_SDK)
         argv = ("node", str(folder / "server.mjs"), str(port))
     else:
@@ -566,7 +566,7 @@ def test_fastmcp_is_used_at_its_revision(test_cache, tmp_path, packages, head, t
     """M-011 M-012 M-016 M-033 M-043: the old one redirects within its origin"""
     port = free_port()
     (tmp_path / "server.py").write_text(FAST.format(head=head))
-    python = python_with(test_cache, "fastmcp", *packages)
+    python = peers.python_with(test_cache, "fastmcp", *packages)
     with listening(port, python, str(tmp_path / "server.py"), str(port), transport):
         path = "sse" if transport == "sse" else "mcp"
         with talking(f"http://127.0.0.1:{port}/{path}", mode) as talk:
@@ -593,7 +593,7 @@ def test_playwright_opens_a_page_in_a_browser(test_cache, tmp_path, path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("needs a Chromium")
-    modules = npm_packages(test_cache, "playwright", "@playwright/mcp@0.0.83")
+    modules = peers.npm_packages(test_cache, "playwright", "@playwright/mcp@0.0.83")
     port = free_port()
     argv = (str(modules / ".bin" / "playwright-mcp"), "--port", str(port), "--host", "127.0.0.1", "--headless",
             "--no-sandbox", "--isolated", "--executable-path", browser, "--output-dir", str(tmp_path))

@@ -6,8 +6,8 @@ import pytest
 from contract_checker import check_stream, parse_sse
 from helpers_chat import Client
 from helpers_mcp import McpServer, raw_server, read_request
-from helpers_peers_http import npm_packages
 from helpers_tools import ephemeral, text_result, write_mcp_json
+from peers import npm_packages
 
 from tinychat.library import Library
 from tinychat.server import make_server

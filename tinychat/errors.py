@@ -3,6 +3,7 @@
 `type`, `code` and `param` are the words of the HTTP contract; the handler alone turns them into
 a status code. A message says what was expected, what came, and where.
 """
+import logging
 
 
 class TinychatError(Exception):
@@ -24,6 +25,14 @@ class TinychatError(Exception):
         fields = {"type": self.type, "message": self.message[:4096] or "unknown error",
                   "code": self.code, "param": self.param}
         return {name: value for name, value in fields.items() if value is not None}
+
+
+def known(error: Exception, log: logging.Logger, what: str) -> TinychatError:
+    """The error itself; in place of a fault of ours, which the log gets, one without particulars."""
+    if isinstance(error, TinychatError):
+        return error
+    log.error("%s failed", what, exc_info=error)
+    return TinychatError("an internal error; the server's log has it")
 
 
 class InvalidRequest(TinychatError):

@@ -24,7 +24,7 @@ class Prompts:
         self._model, self._definitions, self._schemas = model, definitions, schemas
         told = asked or reasoning in ("off", "on")  # an effort only when somebody wants it
         self._variables = model.template.switches.variables.get(reasoning, {}) if told else {}
-        if definitions:
+        if definitions and log.isEnabledFor(logging.INFO):
             log.info("%d tools take about %d tokens of the prompt", len(definitions),
                      len(model.tokenizer.encode(str(definitions))))
 

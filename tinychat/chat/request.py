@@ -16,7 +16,7 @@ from tinychat.chat.toolbox import Toolbox
 from tinychat.contract import ChatRequest
 from tinychat.engine.sequence import (
     Finished, PromptDone, PromptProgress, PromptStarted, Token)
-from tinychat.errors import Overloaded, TinychatError
+from tinychat.errors import Overloaded, known
 from tinychat.library import Library, LoadedModel, ModelEntry
 from tinychat.mcp.results import CallResult
 from tinychat.mcp.tools import output_of
@@ -185,7 +185,7 @@ class Chat:
     def _guide(self, prompt: Prompt) -> CallGuide | None:
         """What keeps the model's calls well-formed."""
         format = self.model.template.format
-        if not prompt.schemas or format.frame or not self.settings.guide_calls:
+        if not prompt.schemas or format.frame or not self.settings.guided_tool_calls:
             return None
         return CallGuide(format, prompt.schemas, prompt.prefill, self.model.tokenizer,
                          self.model.trie)
@@ -296,9 +296,7 @@ class Chat:
         return {"type": "chat.end", "result": result}
 
     def _fail(self, error: Exception) -> Iterator[dict]:
-        if not isinstance(error, TinychatError):
-            log.error("a chat failed", exc_info=error)
-            error = TinychatError("an internal error; the server's log has it")
+        error = known(error, log, "a chat")
         self.ending = error.code or error.type
         yield from self.output.close()
         yield {"type": "error", "error": error.to_json()}

@@ -13,9 +13,9 @@ class ChatSettings:
     refusal: why an integration is not permitted, None when it is.
     ephemeral_mcp: which addresses the servers of a request may have, "public" or "local" ones too.
     plugins: the servers of mcp.json, None for none. max_tool_rounds: rounds with tool calls, after
-    which one last round has no tools. guide_calls: whether a call that has begun is held to the tool's
-    schema. mcp_*_s: seconds for a server to be connected and listed, and
-    for one tool call without a sign of life.
+    which one last round has no tools. guided_tool_calls: whether a call that has begun is held to
+    the tool's schema. mcp_*_s: seconds for a server to be connected and listed, and for one tool
+    call without a sign of life.
     """
 
     heartbeat_s: float | None = None
@@ -24,6 +24,6 @@ class ChatSettings:
     ephemeral_mcp: str = "local"
     plugins: Plugins | None = None
     max_tool_rounds: int = 25
-    guide_calls: bool = True
+    guided_tool_calls: bool = True
     mcp_connect_s: float = 30.0
     mcp_call_s: float = 60.0

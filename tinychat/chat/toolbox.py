@@ -5,10 +5,9 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-
 from tinychat.chat.settings import ChatSettings
 from tinychat.contract import EphemeralServer, Plugin
-from tinychat.errors import TinychatError
+from tinychat.errors import TinychatError, known
 from tinychat.mcp.client import Client, connect_http
 from tinychat.mcp.errors import CalledOff, McpError, TimedOut, Unreachable
 from tinychat.mcp.limits import DEFAULT
@@ -69,11 +68,8 @@ class Toolbox:
         def connect(position: int) -> None:
             try:
                 self._connect(self._servers[position], integrations[position])
-            except TinychatError as error:
-                failures[position] = error
             except Exception as error:  # a fault of ours must not leave the request hanging
-                log.error("connecting to an MCP server failed", exc_info=error)
-                failures[position] = TinychatError("an internal error; the server's log has it")
+                failures[position] = known(error, log, "connecting to an MCP server")
 
         threads = [threading.Thread(target=connect, args=(position,), name="mcp-connect",
                                     daemon=True) for position in range(len(integrations))]
@@ -160,8 +156,7 @@ class Toolbox:
             log.info("%s failed after %.1f s: %s", what, time.monotonic() - began, error)
             return failure(error)
         except Exception as error:  # a fault of ours ends this call, not the chat
-            log.error("%s failed", what, exc_info=error)
-            return failure(McpError("an internal error; the server's log has it"))
+            return failure(known(error, log, what))
         server.n_failures = 0
         log.info("%s answered in %.2f s%s", what, time.monotonic() - began,
                  ", with an error" if result.is_error else "")

@@ -4,8 +4,9 @@ import json
 import re
 from typing import Any
 
+from tinychat.errors import TinychatError
 from tinychat.mcp import jsonrpc
-from tinychat.mcp.errors import McpError, ServerError, one_line
+from tinychat.mcp.errors import ServerError, one_line
 from tinychat.mcp.results import CallResult
 
 MAX_SHOWN = 300  # characters of a type, a name or an address in a note
@@ -26,7 +27,7 @@ def output_of(result: CallResult) -> str:
     return _HALVES.sub("\ufffd", _json(_blocks(result)))
 
 
-def failure(error: McpError) -> CallResult:
+def failure(error: TinychatError) -> CallResult:
     """A call that came to nothing, as a result that the model can read."""
     said = "" if isinstance(error, ServerError) else "the call failed: "
     return CallResult([_text_block(f"Error: {said}{error.message}")], None, True)

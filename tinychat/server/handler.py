@@ -10,7 +10,7 @@ from tinychat import chat
 from tinychat.contract import (
     parse_chat_request, parse_download_request, parse_json, parse_load_request,
     parse_unload_request, wrong_type)
-from tinychat.errors import InvalidRequest, Overloaded, TinychatError
+from tinychat.errors import InvalidRequest, Overloaded, known
 from tinychat.server import auth
 from tinychat.server.connection import Connection
 from tinychat.server.http_io import joined
@@ -73,9 +73,7 @@ class Handler(Connection):
         route.answer(self)
 
     def fail(self, error: Exception):
-        if not isinstance(error, TinychatError):
-            log.error("a request failed", exc_info=error)
-            error = TinychatError("an internal error; the server's log has it")
+        error = known(error, log, "a request")
         status = STATUS.get(error.code, 500)
         headers = []
         if status == 401:
@@ -113,7 +111,7 @@ class Handler(Connection):
             heartbeat_s=settings.heartbeat_s, stopping=lambda: self.server.stopping,
             refusal=partial(auth.refusal, settings, self.token),
             ephemeral_mcp=settings.ephemeral_mcp, plugins=self.server.plugins,
-            max_tool_rounds=settings.max_tool_rounds, guide_calls=settings.guided_tool_calls,
+            max_tool_rounds=settings.max_tool_rounds, guided_tool_calls=settings.guided_tool_calls,
             mcp_connect_s=settings.mcp_connect_timeout_ms / 1000,
             mcp_call_s=settings.mcp_call_timeout_ms / 1000)
         with closing(chat.run(self.server.library, self.server.store, asked, doors)) as events:

@@ -167,7 +167,6 @@ class ChatTemplate:
             ids.insert(0, tokenizer.bos_id)
         return ids
 
-
     def tail(self, messages: list[dict], news: list[dict], end: str, tokenizer,
              tools: list[dict] | None = None, **kwargs) -> list[int] | None:
         """The ids that follow the assistant's message in the prompt with `news`, which begins with
