@@ -376,7 +376,9 @@ def test_racing_chats_loads_and_unloads_all_get_answers_and_leave_nothing_held(s
                     status, body = client.ask(UNLOAD, instance_id=model)
                     assert status == 200 or body["error"]["code"] == "model_not_found", body
                 elif act == 1:
-                    client.load(model, context_length=draw.choice([64, 128, 256]))
+                    status, body = client.ask(LOAD, model=model,
+                                              context_length=draw.choice([64, 128, 256]))
+                    assert status == 200 or body["error"]["code"] == "model_unloaded", body
                 elif act == 2:
                     events = client.stream(model=model, max_output_tokens=3, ttl=1)
                     errors = [data["error"]["code"] for name, data in events if name == "error"]

@@ -319,12 +319,15 @@ def test_a_long_word_costs_as_many_lookups_as_it_has_characters(word):
 
 
 @pytest.mark.parametrize("name", sorted(pretokenizers._PATTERNS))
-def test_cutting_twice_the_text_costs_about_twice(name):
+def test_cutting_ten_times_the_text_costs_about_ten_times(name):
+    """One try of many will do: a busy machine spoils some, but what is quadratic spoils them all."""
     cut = pretokenizers.pretokenizer(name).cut
+
+    def is_linear(unit):
+        short, long = (_seconds(cut, unit * n + "x") for n in (4_000, 40_000))
+        return long < 40 * short + 0.02   # quadratic: 100 times
     for unit in ("a", " ", "\n", "1", "A", "中", " \n", "'", "\u0301"):
-        texts = unit * 4_000 + "x", unit * 40_000 + "x"
-        short, long = (min(_seconds(cut, text) for _ in range(3)) for text in texts)
-        assert long < 40 * short + 0.02, (unit, short, long)   # quadratic: 100 times
+        assert any(is_linear(unit) for _ in range(20)), unit
 
 
 def _seconds(function, argument):
