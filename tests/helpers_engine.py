@@ -11,7 +11,8 @@ from tinychat.engine import (
     Finished, PromptDone, PromptProgress, PromptStarted, SamplingParams, Token)
 from tinychat.engine.kv_cache import KVCache, Lease, Node
 from tinychat.ops import sampling
-from tinychat.ops.program import PAGE_TOKENS, Batch
+from tinychat.ops.batch import Batch, Limits
+from tinychat.ops.program import PAGE_TOKENS
 
 GREEDY = SamplingParams(temperature=0)
 N_VOCAB = 97
@@ -23,18 +24,17 @@ class FakeExecutor:
 
     name = "fake"
 
-    def __init__(self, *, n_pages=64, max_tokens=512, max_outputs=64, max_sequences=64):
-        self.program = SimpleNamespace(n_vocab=N_VOCAB)
-        self.n_pages, self.max_tokens = n_pages, max_tokens
-        self.max_outputs, self.max_sequences = max_outputs, max_sequences
+    def __init__(self, *, n_pages=64, **limits):
+        self.program = SimpleNamespace(n_vocab=N_VOCAB, n_ids=N_VOCAB, window=0, states=(),
+                                       input_width=0, n_axes=0, n_spans=0)
+        self.limits = Limits(n_pages, **limits).of(self.program)
         self.tokens = np.full((n_pages, PAGE_TOKENS), -1, np.int64)
         self.positions = np.full((n_pages, PAGE_TOKENS), -1, np.int64)
         self.steps: list[list[tuple[int, int]]] = []  # per step: (slot, its tokens), by slot
         self.before_step = None
 
     def step(self, batch: Batch) -> np.ndarray:
-        batch.check(n_vocab=self.program.n_vocab, n_pages=self.n_pages, max_tokens=self.max_tokens,
-                    max_outputs=self.max_outputs, max_sequences=self.max_sequences)
+        batch.whole(self.program).check(self.program, self.limits)
         slots, counts = np.unique(batch.sequences, return_counts=True)
         self.steps.append(list(zip(slots.tolist(), counts.tolist())))
         if self.before_step:

@@ -8,7 +8,7 @@ import pytest
 
 from tinychat.gguf_file import open_gguf
 from tinychat.models import build_program
-from tinychat.ops.program import Batch
+from tinychat.ops.batch import Batch
 
 TESTS = Path(__file__).parent
 FOLDERS = (TESTS / "golden", TESTS.parents[1] / "shared" / "golden")

@@ -2,7 +2,9 @@
 import numpy as np
 
 from tinychat.gguf_file import GGMLQuantizationType, QTensor
-from tinychat.ops.program import Batch, Heads, Program, Recorder, Rope
+from tinychat.ops.batch import Batch
+from tinychat.ops.program import Heads, Program, Rope
+from tinychat.ops.recorder import Recorder
 
 
 def weight(name: str, values) -> QTensor:
@@ -21,7 +23,7 @@ def batch(tokens, positions=None, sequences=None, pages=((0, 1),), outputs=None)
 
 
 def tiny_program(seed: int = 0, n_vocab: int = 11, window: int = 0) -> Program:
-    """One layer of width 8 with 2 query heads over 1 KV head: every operation there is."""
+    """One layer of width 8 with 2 query heads over 1 KV head: what a dense model is made of."""
     rng = np.random.default_rng(seed)
 
     def matrix(name, *shape):
@@ -35,6 +37,6 @@ def tiny_program(seed: int = 0, n_vocab: int = 11, window: int = 0) -> Program:
     k = g.rope(g.linear(h, matrix("k", 4, 8)), 4, rope)
     v = g.linear(h, matrix("v", 6, 8))
     x = g.add(x, g.linear(g.attend(q, k, v, heads), matrix("o", 8, 12)), 0.5)
-    up = g.swiglu(g.linear(x, matrix("gate", 16, 8)), g.linear(x, matrix("up", 16, 8)))
+    up = g.gate("silu", g.linear(x, matrix("gate", 16, 8)), g.linear(x, matrix("up", 16, 8)))
     x = g.outputs(g.add(x, g.linear(up, matrix("down", 8, 16))))
     return g.finish("tiny", g.scale(g.linear(x, matrix("output", n_vocab, 8)), 2.0))

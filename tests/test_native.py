@@ -24,7 +24,9 @@ from tinychat.gguf_file import GGMLQuantizationType, QTensor, open_gguf  # noqa:
 from tinychat.ops import native, sampling  # noqa: E402
 from tinychat.ops.lowering import _is_mapped, barriers, lower  # noqa: E402
 from tinychat.ops.native import NativeExecutor  # noqa: E402
-from tinychat.ops.program import Batch, Heads, Recorder, Rope, plan_slots  # noqa: E402
+from tinychat.ops.batch import Batch  # noqa: E402
+from tinychat.ops.program import Heads, Rope, plan_slots  # noqa: E402
+from tinychat.ops.recorder import Recorder  # noqa: E402
 from tinychat.ops.reference import ReferenceExecutor  # noqa: E402
 from tinychat.ops.sampling import SamplingParams  # noqa: E402
 
@@ -117,7 +119,7 @@ def test_swiglu_agrees_up_to_where_exp_overflows(isa, width):
     gate, up = normal(rng, 8, width, scale=4), normal(rng, 8, width)
     gate[:, 0] = [0, -87, -88.5, -104, 88, 100, -1e4, 1e4]
     got, expected = both(
-        lambda g: g.swiglu(g.embed(weight("g", gate)), g.embed(weight("u", up))),
+        lambda g: g.gate("silu", g.embed(weight("g", gate)), g.embed(weight("u", up))),
         isa,
         all_outputs(8),
     )
@@ -294,7 +296,7 @@ def random_program(seed: int):
         x = g.add(
             x,
             g.linear(
-                g.swiglu(g.linear(h, matrix(n_ff, n_embd)), g.linear(h, matrix(n_ff, n_embd))),
+                g.gate("silu", g.linear(h, matrix(n_ff, n_embd)), g.linear(h, matrix(n_ff, n_embd))),
                 matrix(n_embd, n_ff),
             ),
         )
@@ -364,7 +366,7 @@ def test_every_conflict_has_a_barrier_and_rows_pass_on_without(seed):
     lowered = lower(random_program(seed))
     slot_of, _ = plan_slots(lowered)
     waits = barriers(lowered.ops, slot_of)
-    by_rows = {"embed", "rmsnorm", "quantize", "rope", "rope_table", "store_kv", "swiglu", "add"}
+    by_rows = {"embed", "rmsnorm", "quantize", "rope", "rope_table", "store_kv", "gate", "add"}
     for j, later in enumerate(lowered.ops):
         for i in range(j):
             earlier = lowered.ops[i]

@@ -12,8 +12,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from helpers_program import batch, tiny_program, weight
 from tinychat.errors import KernelError, ModelFileError, ModelLoadError
 from tinychat.gguf_file import QTensor
-from tinychat.ops import open_executor, reference
-from tinychat.ops.program import PAGE_TOKENS, Heads, Recorder, Rope
+from tinychat.ops import meaning, open_executor
+from tinychat.ops.program import PAGE_TOKENS, Heads, Rope
+from tinychat.ops.recorder import Recorder
 from tinychat.ops.reference import ReferenceExecutor
 from tinychat.ops.sampling import SamplingParams
 
@@ -35,15 +36,15 @@ def close(got, expected, tolerance=2e-6):
 
 def test_embed_takes_the_rows_of_the_tokens(rng):
     table, tokens = normal(rng, 6, 4), np.array([5, 0, 5])
-    np.testing.assert_array_equal(reference.embed(weight("e", table), tokens), table[tokens])
+    np.testing.assert_array_equal(meaning.embed(weight("e", table), tokens), table[tokens])
 
 
 def test_embed_dequantises_rows_as_the_whole_table_is(rng):
     rows = gguf.quants.quantize(normal(rng, 6, 64), GGMLQuantizationType.Q8_0)
     table = QTensor("e", GGMLQuantizationType.Q8_0, (6, 64), rows.reshape(-1))
     tokens = np.array([3, 1])
-    whole = reference.dequantize(table)
-    np.testing.assert_array_equal(reference.embed(table, tokens), whole[tokens])
+    whole = meaning.dequantize(table)
+    np.testing.assert_array_equal(meaning.embed(table, tokens), whole[tokens])
 
 
 @pytest.mark.parametrize("group", [12, 4])
@@ -54,14 +55,14 @@ def test_rmsnorm_divides_each_group_by_its_root_mean_square(rng, group):
         for at in range(0, 12, group):
             values = x[t, at:at + group].astype(float)
             expected[t, at:at + group] = values / math.sqrt(sum(values ** 2) / group + 0.1) * w
-    close(reference.rmsnorm(x, w, 0.1), expected)
+    close(meaning.rmsnorm(x, w, eps=0.1, group=len(w)), expected)
 
 
 def test_linear_multiplies_by_rows_and_adds_the_bias(rng):
     x, w, bias = normal(rng, 3, 5), normal(rng, 4, 5), normal(rng, 4)
     expected = np.einsum("tk,nk->tn", x.astype(float), w) + bias
-    close(reference.linear(x, w, bias), expected)
-    close(reference.linear(x, w), expected - bias)
+    close(meaning.linear(x, w, bias), expected)
+    close(meaning.linear(x, w), expected - bias)
 
 
 @pytest.mark.parametrize("layout", ["adjacent", "halves"])
@@ -76,7 +77,7 @@ def test_rope_turns_pairs_as_complex_numbers(rng, layout):
     turned = ((heads[..., first] + 1j * heads[..., second])
               * 1.5 * np.exp(1j * positions[:, None, None] * inv_freq.astype(float)))
     expected[..., first], expected[..., second] = turned.real, turned.imag
-    got = reference.rope(x, positions, head_dim, Rope(layout, inv_freq, 1.5))
+    got = meaning.rope(x, positions, head_dim, Rope(layout, inv_freq, 1.5))
     close(got, expected.reshape(x.shape), 1e-4)  # half an ulp of the angle 1000 is 3e-5
     np.testing.assert_array_equal(got.reshape(heads.shape)[..., n_rot:], heads[..., n_rot:])
 
@@ -84,7 +85,7 @@ def test_rope_turns_pairs_as_complex_numbers(rng, layout):
 def test_rope_at_position_0_changes_nothing(rng):
     x = normal(rng, 1, 8)
     rope = Rope("halves", np.array([1.0, 0.5], np.float32))
-    np.testing.assert_array_equal(reference.rope(x, np.array([0], np.int32), 4, rope), x)
+    np.testing.assert_array_equal(meaning.rope(x, np.array([0], np.int32), 4, rope), x)
 
 
 @pytest.mark.parametrize("window", [0, 1, 3])
@@ -98,16 +99,16 @@ def test_attention_is_a_weighted_mean_of_the_values_seen(rng, window):
             seen = range(max(0, position - window + 1) if window else 0, position + 1)
             e = [math.exp(0.7 * float(q[t, h * 5:h * 5 + 5] @ k[s, h // 2])) for s in seen]
             expected[t, h] = sum(p * v[s, h // 2].astype(float) for p, s in zip(e, seen)) / sum(e)
-    close(reference.attend(q, k, v, positions, heads), expected.reshape(2, 12), 1e-5)
+    close(meaning.attend(q, k, v, *meaning.seen_range(positions, None, heads), heads), expected.reshape(2, 12), 1e-5)
 
 
 def test_softmax_of_far_apart_numbers_stays_finite():
-    got = reference.softmax(np.array([[1e30, -1e30, 1e30], [-np.inf, 0, -np.inf]], np.float32))
+    got = meaning.softmax(np.array([[1e30, -1e30, 1e30], [-np.inf, 0, -np.inf]], np.float32))
     np.testing.assert_array_equal(got, [[0.5, 0, 0.5], [0, 1, 0]])
 
 
 def test_swiglu_at_its_ends():
-    got = reference.swiglu(np.array([0.0, 30.0, -30.0, 1.0], np.float32), np.full(4, 2, np.float32))
+    got = meaning.gate("silu", np.array([0.0, 30.0, -30.0, 1.0], np.float32), np.full(4, 2, np.float32))
     close(got, np.array([0.0, 60.0, 0.0, 2 / (1 + math.exp(-1))]))
 
 
@@ -119,7 +120,7 @@ BLOCKS = [kind for kind in GGMLQuantizationType
 def test_dequantize_gives_the_shape_of_the_tensor(kind):
     block, n_bytes = GGML_QUANT_SIZES[kind]
     tensor = QTensor("w", kind, (2, 3, 2 * block), np.zeros(2 * 3 * 2 * n_bytes, np.uint8))
-    values = reference.dequantize(tensor)
+    values = meaning.dequantize(tensor)
     assert values.shape == tensor.shape and values.dtype == np.float32
 
 
@@ -128,7 +129,7 @@ def test_a_scale_that_is_no_number_makes_such_weights_without_a_warning():
     data = np.zeros(n_bytes, np.uint8)
     data[:2] = np.array([np.inf], np.float16).view(np.uint8)
     data[2] = 8  # a code of 0, and infinity times 0 is no number
-    values = reference.dequantize(QTensor("w", GGMLQuantizationType.Q4_0, (1, block), data))
+    values = meaning.dequantize(QTensor("w", GGMLQuantizationType.Q4_0, (1, block), data))
     assert np.isnan(values[0, 0]) and np.isinf(values[0, 1:]).all()
 
 
@@ -143,7 +144,7 @@ def test_a_row_too_small_to_square_is_normed_without_a_warning():
 def test_a_type_that_holds_no_weights_is_a_file_error():
     tensor = QTensor("w", GGMLQuantizationType.I32, (2, 2), np.zeros(16, np.uint8))
     with pytest.raises(ModelFileError, match="'w' has the type I32"):
-        reference.dequantize(tensor)
+        meaning.dequantize(tensor)
 
 
 # The executor

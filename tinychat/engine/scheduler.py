@@ -7,7 +7,7 @@ import numpy as np
 
 from tinychat.engine.kv_cache import n_pages_for
 from tinychat.engine.sequence import Sequence
-from tinychat.ops.program import Batch
+from tinychat.ops.batch import Batch
 
 Work = list[tuple[Sequence, int]]  # sequences and how many of their next tokens to compute
 

@@ -35,11 +35,11 @@ class Stepper:
     def __init__(self, executor, *, n_ctx: int, parallel: int, chunk: int):
         _check_limits(executor, n_ctx=n_ctx, parallel=parallel, chunk=chunk)
         self.executor = executor
-        self.cache = KVCache(executor.n_pages)
+        self.cache = KVCache(executor.limits.n_pages)
         self.running: list[Sequence] = []
         self.n_prefilled = self.n_reused = self.n_generated = self.n_steps = self.n_preempted = 0
-        self._chunk = min(chunk, executor.max_tokens)
-        self._arrays = StepArrays(max_tokens=executor.max_tokens, n_slots=parallel + 1, n_ctx=n_ctx)
+        self._chunk = min(chunk, executor.limits.max_tokens)
+        self._arrays = StepArrays(max_tokens=executor.limits.max_tokens, n_slots=parallel + 1, n_ctx=n_ctx)
         self._free_slots = list(range(parallel))
         self._spare_slot = parallel  # for logits()
 
@@ -74,7 +74,7 @@ class Stepper:
         for seq in self.running:
             if not seq.generating:
                 self._reuse_more(seq)
-        work = plan_step(self.running, max_tokens=self.executor.max_tokens, chunk=self._chunk)
+        work = plan_step(self.running, max_tokens=self.executor.limits.max_tokens, chunk=self._chunk)
         preempted = []
         for seq, n in work:
             while seq.lease and not self.cache.grow(seq.lease, seq.n_done + n):
@@ -112,7 +112,7 @@ class Stepper:
         out = np.empty((seq.n_prompt, self.executor.program.n_vocab), np.float32)
         while seq.n_pending:
             between_steps()
-            n = min(seq.n_pending, self._chunk, self.executor.max_outputs)
+            n = min(seq.n_pending, self._chunk, self.executor.limits.max_outputs)
             batch = self._arrays.fill([(seq, n)], all_rows=True)
             out[seq.n_done:seq.n_done + n] = self.executor.step(batch)
             seq.n_done += n
@@ -174,11 +174,11 @@ class Stepper:
 
 
 def _check_limits(executor, *, n_ctx: int, parallel: int, chunk: int) -> None:
-    n_positions = executor.n_pages * PAGE_TOKENS
+    n_positions = executor.limits.n_pages * PAGE_TOKENS
     if not 1 < n_ctx <= n_positions:
         raise InvalidRequest(f"expected a context length from 2 to {n_positions}, which the KV "
                              f"pages hold, got {n_ctx}", param="context_length")
-    most = min(executor.max_tokens, executor.max_outputs, executor.max_sequences - 1)
+    most = min(executor.limits.max_tokens, executor.limits.max_outputs, executor.limits.max_sequences - 1)
     if not 1 <= parallel <= most:
         raise InvalidRequest(f"expected from 1 to {most} parallel requests, got {parallel}",
                              param="parallel")

@@ -6,7 +6,8 @@ from tinychat.gguf_file import GGUFFile
 from tinychat.models import llama
 from tinychat.models.config import ModelConfig
 from tinychat.models.layers import Weights
-from tinychat.ops.program import Program, Recorder
+from tinychat.ops.program import Program
+from tinychat.ops.recorder import Recorder
 
 __all__ = ["ARCHITECTURES", "ModelConfig", "build_program"]
 

@@ -11,8 +11,9 @@ import numpy as np
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import QTensor
 from tinychat.models.config import ModelConfig, RopeConfig
-from tinychat.ops.program import Buffer, Heads, Recorder, Rope
-from tinychat.ops.reference import dequantize
+from tinychat.ops.program import Buffer, Heads, Rope
+from tinychat.ops.recorder import Recorder
+from tinychat.ops.meaning import dequantize
 
 
 class Weights:
@@ -116,7 +117,7 @@ def attention(g: Recorder, w: Weights, x: Buffer, heads: Heads, rope: Rope | Non
 def swiglu_ffn(g: Recorder, w: Weights, x: Buffer, n_ff: int) -> Buffer:
     """down(silu(gate(x)) * up(x)), through width F -> (T, E)."""
     gate, up = linear(g, w, "ffn_gate", x, n_ff), linear(g, w, "ffn_up", x, n_ff)
-    return linear(g, w, "ffn_down", g.swiglu(gate, up), x.width)
+    return linear(g, w, "ffn_down", g.gate("silu", gate, up), x.width)
 
 
 def layer_heads(config: ModelConfig, i: int) -> Heads:

@@ -6,7 +6,8 @@ from tinychat.errors import ModelFileError
 from tinychat.models import layers
 from tinychat.models.config import ModelConfig
 from tinychat.models.layers import Weights
-from tinychat.ops.program import Buffer, Recorder, Rope
+from tinychat.ops.program import Buffer, Rope
+from tinychat.ops.recorder import Recorder
 
 
 def describe(g: Recorder, w: Weights, config: ModelConfig, *, rope_layout: str,

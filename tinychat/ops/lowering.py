@@ -11,8 +11,8 @@ import numpy as np
 
 from tinychat import _kernels
 from tinychat.gguf_file import GGMLQuantizationType, QTensor
+from tinychat.ops.meaning import dequantize
 from tinychat.ops.program import Buffer, Op, Program, Rope, plan_slots
-from tinychat.ops.reference import dequantize
 
 OP_DTYPE = np.dtype([*((name, "<i4") for name in _kernels.op_fields), ("scalar", "<f4")])
 
@@ -157,10 +157,14 @@ def _accesses(op: Op, slot_of: list[int]):
 
 # Arrays
 
+def _kernel_name(op: Op) -> str:
+    return "swiglu" if op.name == "gate" and op.params["fn"] == "silu" else op.name
+
+
 def _op_row(op: Op, barrier: bool, slot_of: list[int], weights: Weights, ropes: list[Rope]) -> dict:
     """The fields of program_op in kernels.h."""
     first = op.out or op.inputs[0]
-    row = {"kind": _kernels.op_kinds[op.name], "barrier": barrier,
+    row = {"kind": _kernels.op_kinds[_kernel_name(op)], "barrier": barrier,
            "outputs": first.rows == "outputs", "out": slot_of[op.out.id] if op.out else -1,
            "a": -1, "b": -1, "weight": -1, "bias": -1, "width": first.width,
            "layer": op.params.get("layer", 0), "head_dim": op.params.get("head_dim", 0),
@@ -205,16 +209,15 @@ def lowered_arrays(program: Program) -> dict:
     waits = barriers(lowered.ops, slot_of)
     ops = _table([_op_row(op, wait, slot_of, weights, ropes)
                   for op, wait in zip(lowered.ops, waits)])
-    n_rows = [op.weights[0].shape[0] for op in lowered.ops if op.name == "embed"]
     return {
         "ops": ops,
         "slots": [(-width % _kernels.row_floats + width, rows_of[slot] == "outputs")
                   for slot, width in enumerate(widths)],
-        "logits_slot": slot_of[lowered.logits.id],
+        "logits_slot": slot_of[lowered.result.id],
         "vectors": weights.vectors,
         "matrices": [tuple(matrix) for matrix in weights.matrices],
         "ropes": [(rope.layout, np.require(rope.inv_freq, np.float32, ["C", "A"]), rope.magnitude)
                   for rope in ropes],
         "kv": [(h.n_head, h.n_head_kv, h.key_length, h.value_length) for h in lowered.kv],
-        "n_ids": min([program.n_vocab, *n_rows]),
+        "n_ids": program.n_ids,
     }

@@ -12,7 +12,8 @@ import numpy as np
 from tinychat import _kernels
 from tinychat.errors import KernelError, ModelLoadError
 from tinychat.ops.lowering import lowered_arrays
-from tinychat.ops.program import PAGE_TOKENS, Batch, Program
+from tinychat.ops.batch import Batch, Limits
+from tinychat.ops.program import PAGE_TOKENS, Program
 
 assert _kernels.page_tokens == PAGE_TOKENS, "the kernels were built for another size of page"
 
@@ -90,14 +91,11 @@ class NativeExecutor:
     have; ModelLoadError when memory runs out.
     """
 
-    def __init__(self, program: Program, *, n_pages: int, max_tokens: int = 512,
-                 max_outputs: int = 64, max_sequences: int = 64, kv_type: str = "f16",
-                 threads: int | None = None, isa: str | None = None):
+    def __init__(self, program: Program, *, kv_type: str = "f16", threads: int | None = None,
+                 isa: str | None = None, **limits):
         if kv_type not in ("f16", "f32"):
             raise KernelError(f"expected kv_type f16 or f32, got {kv_type!r}")
-        self.program, self.n_pages = program, n_pages
-        self.max_tokens, self.max_outputs = max_tokens, max_outputs
-        self.max_sequences = max_sequences
+        self.program, self.limits = program, Limits(**limits).of(program)
         self.isa = choose_isa(isa)
         self.name = f"native {self.isa}"
         self.threads = default_threads() if threads is None else threads
@@ -108,17 +106,17 @@ class NativeExecutor:
         arrays = lowered_arrays(self.program)
         stride = arrays["slots"][arrays["logits_slot"]][0]
         try:
-            _check_size(arrays, self.n_pages, max(self.max_tokens, self.max_outputs))
-            self._logits = _aligned(max(self.max_outputs, 1), stride)
+            _check_size(arrays, self.limits.n_pages, max(self.limits.max_tokens, self.limits.max_outputs))
+            self._logits = _aligned(max(self.limits.max_outputs, 1), stride)
             return _kernels.Runner(
                 self.isa, self.threads, **arrays, logits=self._logits, kv_is_f16=kv_type == "f16",
-                n_vocab=self.program.n_vocab, n_pages=self.n_pages, max_tokens=self.max_tokens,
-                max_outputs=self.max_outputs, max_sequences=self.max_sequences)
+                n_vocab=self.program.n_vocab, n_pages=self.limits.n_pages, max_tokens=self.limits.max_tokens,
+                max_outputs=self.limits.max_outputs, max_sequences=self.limits.max_sequences)
         except ValueError as error:
             raise KernelError(f"{self.program.name}: {error}") from None
         except (MemoryError, OverflowError) as error:
             raise ModelLoadError(f"{self.program.name}: no memory for the weights, "
-                                 f"{self.n_pages} KV pages and steps of {self.max_tokens} "
+                                 f"{self.limits.n_pages} KV pages and steps of {self.limits.max_tokens} "
                                  f"tokens: {error}") from None
 
     @property
@@ -151,9 +149,7 @@ class NativeExecutor:
         except (TypeError, ValueError) as error:
             accepted, reason = False, str(error)
         if not accepted:
-            batch.check(n_vocab=self.program.n_vocab, n_pages=self.n_pages,
-                        max_tokens=self.max_tokens, max_outputs=self.max_outputs,
-                        max_sequences=self.max_sequences)
+            batch.check(self.program, self.limits)
             raise KernelError(f"the kernels refused the batch: {reason}")
 
     def sample(self, logits_row: np.ndarray, params, recent_ids, coin: float) -> int:

@@ -1,139 +1,52 @@
-"""The meaning of every operation, in NumPy: specification, oracle of the tests, and fallback.
+"""The reference executor: walks a program with NumPy, one operation after another, in float32.
 
-The functions say what an operation computes, on float32 arrays; the executor walks a program with
-them, one operation after another. Shapes: T tokens, S positions in the cache, H heads, Hkv KV
-heads, D head width, K and N the columns and rows of a matrix.
+What each operation means stands in `meaning.py` and `mixers.py`. It is the specification, the
+oracle of the tests, and the fallback where no kernel could be built.
 """
 import numpy as np
-from gguf import quants
 
-from tinychat.errors import KernelError, ModelFileError, ModelLoadError
+from tinychat.errors import KernelError, ModelLoadError
 from tinychat.gguf_file import QTensor
-from tinychat.ops import sampling
-from tinychat.ops.program import PAGE_TOKENS, Batch, Heads, Op, Program, Rope, plan_slots
+from tinychat.ops import meaning, mixers, sampling
+from tinychat.ops.batch import Batch, Limits
+from tinychat.ops.meaning import dequantize
+from tinychat.ops.program import PAGE_TOKENS, Heads, Op, Program, plan_slots
 
 KV_DTYPES = {"f16": np.float16, "f32": np.float32}
+LOOKED_UP = ("embed", "embed_positions")  # their weights stay as they are stored
 
-
-def dequantize(tensor: QTensor) -> np.ndarray:
-    """float32 array of tensor.shape; a view of the file where that is what it holds.
-
-    Raises: ModelFileError for a type that gguf has no values for.
-    """
-    return _dequantize_rows(tensor, tensor.data.reshape(-1, tensor.row_bytes)).reshape(tensor.shape)
-
-
-def _dequantize_rows(tensor: QTensor, rows: np.ndarray) -> np.ndarray:
-    try:
-        with np.errstate(all="ignore"):  # a scale that is NaN or infinite makes such weights
-            return quants.dequantize(rows, tensor.qtype)
-    except NotImplementedError:
-        raise ModelFileError(f"tensor {tensor.name!r} has the type {tensor.qtype.name}, "
-                             "which cannot be read as weights") from None
-
-
-# Operations
-
-def embed(weight: QTensor, tokens: np.ndarray) -> np.ndarray:
-    """Rows of weight (V, E) at tokens (T,) -> (T, E); only these rows are dequantised."""
-    return _dequantize_rows(weight, weight.data.reshape(-1, weight.row_bytes)[tokens])
-
-
-def rmsnorm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """x / sqrt(mean(x²) + eps) * weight over each group of len(weight) values of a row."""
-    groups = x.reshape(len(x), x.shape[1] // len(weight), len(weight))
-    mean = np.mean(groups * groups, axis=-1, keepdims=True)
-    return (groups / np.sqrt(mean + np.float32(eps)) * weight).reshape(x.shape)
-
-
-def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    """x (T, K) @ weight (N, K)ᵀ + bias (N,) -> (T, N)."""
-    out = x @ weight.T
-    return out if bias is None else out + bias
-
-
-def rope(x: np.ndarray, positions: np.ndarray, head_dim: int, rope: Rope) -> np.ndarray:
-    """Turn pair i of each head of x (T, H * head_dim) by position * inv_freq[i]."""
-    n_pairs = len(rope.inv_freq)
-    heads = x.reshape(len(x), x.shape[1] // head_dim, head_dim)
-    angle = (positions.astype(np.float32)[:, None] * rope.inv_freq)[:, None, :]     # (T, 1, R/2)
-    magnitude = np.float32(rope.magnitude)
-    cos, sin = np.cos(angle) * magnitude, np.sin(angle) * magnitude
-    first, second = rope_pairs(rope.layout, n_pairs)
-    a, b = heads[..., first], heads[..., second]
-    out = heads.copy()
-    out[..., first] = a * cos - b * sin
-    out[..., second] = a * sin + b * cos
-    return out.reshape(x.shape)
-
-
-def rope_pairs(layout: str, n_pairs: int) -> tuple[slice, slice]:
-    """Where a head's first and second halves of the pairs stand."""
-    if layout == "adjacent":
-        return slice(0, 2 * n_pairs, 2), slice(1, 2 * n_pairs, 2)
-    assert layout == "halves", layout
-    return slice(0, n_pairs), slice(n_pairs, 2 * n_pairs)
-
-
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray,
-           heads: Heads) -> np.ndarray:
-    """One sequence: q (T, H * D) at positions (T,), k (S, Hkv, D), v (S, Hkv, Dv) -> (T, H * Dv).
-
-    softmax(q·k * scale) over the positions up to the token's own, only the last `window` of them
-    if there is one; head h reads KV head h // (H / Hkv).
-    """
-    n_tokens, n_group = len(q), heads.n_head // heads.n_head_kv
-    q = q.reshape(n_tokens, heads.n_head_kv, n_group, heads.key_length).transpose(1, 2, 0, 3)
-    q = q.reshape(heads.n_head_kv, n_group * n_tokens, heads.key_length)
-    scores = q @ k.transpose(1, 2, 0) * np.float32(heads.scale)               # (Hkv, group*T, S)
-    back = positions[:, None] - np.arange(len(k))                             # (T, S)
-    seen = (back >= 0) & (back < heads.window if heads.window else True)
-    scores = np.where(np.tile(seen, (n_group, 1)), scores, np.float32(-np.inf))
-    out = softmax(scores) @ v.transpose(1, 0, 2)                              # (Hkv, group*T, Dv)
-    out = out.reshape(heads.n_head, n_tokens, heads.value_length)
-    return out.transpose(1, 0, 2).reshape(n_tokens, heads.n_head * heads.value_length)
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    """exp(x - max) / sum, along the last axis."""
-    e = np.exp(x - x.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
-
-
-def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """silu(gate) * up, silu(x) = x / (1 + exp(-x))."""
-    return gate / (1 + np.exp(-gate)) * up
-
-
-# The executor
 
 class KVLayer:
     """One attention layer's keys and values: (n_pages * PAGE_TOKENS, Hkv, D) each."""
 
-    def __init__(self, heads: Heads, n_pages: int, dtype):
-        n_slots = n_pages * PAGE_TOKENS
+    def __init__(self, heads: Heads, limits: Limits, dtype):
+        self.has_reach = heads.reach > 0
+        n_slots = (limits.n_window_pages if self.has_reach else limits.n_pages) * PAGE_TOKENS
         self.k = np.zeros((n_slots, heads.n_head_kv, heads.key_length), dtype)
         self.v = np.zeros((n_slots, heads.n_head_kv, heads.value_length), dtype)
 
     def store(self, k: np.ndarray, v: np.ndarray, batch: Batch) -> None:
-        slots = kv_slots(batch.pages, batch.sequences, batch.positions)
+        slots = self._slots(batch, batch.sequences, batch.positions)
         self.k[slots] = k.reshape(len(k), *self.k.shape[1:])
         self.v[slots] = v.reshape(len(v), *self.v.shape[1:])
 
-    def attend(self, q: np.ndarray, batch: Batch, heads: Heads) -> np.ndarray:
+    def attend(self, q: np.ndarray, batch: Batch, heads: Heads,
+               sinks: np.ndarray | None = None) -> np.ndarray:
         out = np.empty((len(q), heads.n_head * heads.value_length), np.float32)
         for sequence in np.unique(batch.sequences):
             rows = np.flatnonzero(batch.sequences == sequence)
-            positions = batch.positions[rows]
-            slots = kv_slots(batch.pages, sequence, np.arange(positions.max() + 1))
+            spans = None if batch.spans is None else batch.spans[rows]
+            first, last = meaning.seen_range(batch.positions[rows], spans, heads)
+            begin = first.min()
+            slots = self._slots(batch, sequence, np.arange(begin, last.max() + 1))
             k, v = self.k[slots].astype(np.float32), self.v[slots].astype(np.float32)
-            out[rows] = attend(q[rows], k, v, positions, heads)
+            out[rows] = meaning.attend(q[rows], k, v, first - begin, last - begin, heads, sinks)
         return out
 
-
-def kv_slots(pages: np.ndarray, sequence, position: np.ndarray) -> np.ndarray:
-    """Where in a KV layer each position of its sequence lives."""
-    return pages[sequence, position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
+    def _slots(self, batch: Batch, sequence, position: np.ndarray) -> np.ndarray:
+        """Where in this layer each position of its sequence lives."""
+        pages = batch.window_pages if self.has_reach else batch.pages
+        return pages[sequence, position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
 
 
 class ReferenceExecutor:
@@ -142,48 +55,52 @@ class ReferenceExecutor:
     Every matrix is held dequantised: 4 bytes a weight, so a Q4 model takes seven times its file.
     BLAS may round a batch otherwise than a single token: bit-identical results whatever the batch
     are the native executor's promise, not this one's.
+    limits: as `Limits` has them. kv_type: "f16" or "f32".
     Raises: ModelFileError when a weight's type cannot be dequantised, ModelLoadError when there
     is no memory for it.
     """
 
     name = "reference"
 
-    def __init__(self, program: Program, *, n_pages: int, max_tokens: int = 512,
-                 max_outputs: int = 64, max_sequences: int = 64, kv_type: str = "f16",
-                 threads: int | None = None, isa: str | None = None):
-        """kv_type: "f16" or "f32". threads, isa: for the native executor; NumPy decides here."""
+    def __init__(self, program: Program, *, kv_type: str = "f16", threads: int | None = None,
+                 isa: str | None = None, **limits):
+        """threads, isa: for the native executor; NumPy decides here."""
         if kv_type not in KV_DTYPES:
             raise KernelError(f"expected kv_type {' or '.join(KV_DTYPES)}, got {kv_type!r}")
-        self.program, self.n_pages = program, n_pages
-        self.max_tokens, self.max_outputs = max_tokens, max_outputs
-        self.max_sequences = max_sequences
+        self.program, self.limits = program, Limits(**limits).of(program)
         self._slot_of, widths = plan_slots(program)
         self._slots: list[np.ndarray | None] = [None] * len(widths)
         try:
-            self._weights = {w.name: dequantize(w)
-                             for op in program.ops if op.name != "embed" for w in op.weights}
-            self._kv = [KVLayer(heads, n_pages, KV_DTYPES[kv_type]) for heads in program.kv]
+            self._weights = {id(w): dequantize(w) for op in program.ops
+                             if op.name not in LOOKED_UP for w in op.weights}
+            self._kv = [KVLayer(heads, self.limits, KV_DTYPES[kv_type]) for heads in program.kv]
+            self._states = [np.zeros((self.limits.n_states, n), np.float32)
+                            for n in program.states]
         except MemoryError as error:
-            raise ModelLoadError(f"no memory for the weights in float32 and {n_pages} KV pages: "
-                                 f"{error}") from None
+            raise ModelLoadError("no memory for the weights in float32 and "
+                                 f"{self.limits.n_pages} KV pages: {error}") from None
 
     @property
     def kv_bytes(self) -> int:
         return sum(layer.k.nbytes + layer.v.nbytes for layer in self._kv)
 
     @property
+    def state_bytes(self) -> int:
+        return sum(state.nbytes for state in self._states)
+
+    @property
     def weight_bytes(self) -> int:
         return sum(weight.nbytes for weight in self._weights.values())
 
     def step(self, batch: Batch) -> np.ndarray:
-        """Logits float32 (n_outputs, n_vocab), valid until the next step.
+        """The program's result, float32 (n_outputs, width), valid until the next step.
 
         Raises: KernelError for a batch that this executor cannot run; the cache is then unchanged.
         """
         if not self._slots:
             raise KernelError("the executor is closed")
-        batch.check(n_vocab=self.program.n_vocab, n_pages=self.n_pages, max_tokens=self.max_tokens,
-                    max_outputs=self.max_outputs, max_sequences=self.max_sequences)
+        batch = batch.whole(self.program)
+        batch.check(self.program, self.limits)
         # exp(-gate) and float16 may overflow to infinity, and a row of zeros may be normed with an
         # eps of 0: what the formulas then mean is what comes out
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -192,32 +109,103 @@ class ReferenceExecutor:
                 out = RUN[op.name](self, op, batch, *inputs)
                 if op.out:
                     self._slots[self._slot_of[op.out.id]] = out
-        return self._slots[self._slot_of[self.program.logits.id]]
+        return self._slots[self._slot_of[self.program.result.id]]
+
+    def copy_state(self, source: int, target: int) -> None:
+        """What recurrent state place `source` holds, to `target`. Not while a step runs."""
+        for state in self._states:
+            state[target] = state[source]
 
     def sample(self, logits_row: np.ndarray, params, recent_ids, coin: float) -> int:
         return sampling.sample(logits_row, params, recent_ids, coin)
 
     def close(self) -> None:
-        self._weights, self._kv, self._slots = {}, [], []
-
+        self._weights, self._kv, self._states, self._slots = {}, [], [], []
 
     def weights_of(self, op: Op) -> list[np.ndarray]:
-        return [self._weights[weight.name] for weight in op.weights]
+        return [self._weights[id(weight)] for weight in op.weights]
+
+    def vectors_of(self, op: Op) -> list[np.ndarray]:
+        return [weight.reshape(-1) for weight in self.weights_of(op)]
 
     def kv_of(self, op: Op) -> KVLayer:
         return self._kv[op.params["layer"]]
 
+    def recur(self, op: Op, batch: Batch, inputs, run) -> np.ndarray:
+        """run(state, *inputs) on each sequence's tokens, with its state, zeros before position 0."""
+        states = self._states[op.params["state"]]
+        out = np.empty((len(inputs[0]), op.out.width), np.float32)
+        for sequence in np.unique(batch.sequences):
+            rows = np.flatnonzero(batch.sequences == sequence)
+            state = states[batch.states[sequence]]
+            if batch.positions[rows[0]] == 0:
+                state[:] = 0
+            out[rows] = run(state, *(x[rows] for x in inputs))
+        return out
+
+
+def _conv(e: ReferenceExecutor, op: Op, batch: Batch, x: np.ndarray) -> np.ndarray:
+    weight, *bias = e.weights_of(op)
+    return e.recur(op, batch, (x,), lambda state, x: mixers.conv(
+        state.reshape(weight.shape[1] - 1, x.shape[1]), x, weight, *bias))
+
+
+def _mamba2(e: ReferenceExecutor, op: Op, batch: Batch, *inputs) -> np.ndarray:
+    shape = op.params["shape"]
+    return e.recur(op, batch, inputs, lambda state, *inputs: mixers.mamba2(
+        state.reshape(shape.n_head, shape.head_dim, shape.n_state), *inputs, *e.vectors_of(op),
+        shape=shape))
+
+
+def _delta_net(e: ReferenceExecutor, op: Op, batch: Batch, *inputs) -> np.ndarray:
+    shape = op.params["shape"]
+    return e.recur(op, batch, inputs, lambda state, *inputs: mixers.delta_net(
+        state.reshape(shape.n_value_head, shape.key_length, shape.value_length), *inputs,
+        *e.vectors_of(op), shape=shape))
+
+
+def _rope(e: ReferenceExecutor, op: Op, batch: Batch, x: np.ndarray) -> np.ndarray:
+    turns = batch.positions if op.params["rope"].axes is None else batch.axes
+    return meaning.rope(x, turns, **op.params)
+
+
+def _given(e: ReferenceExecutor, op: Op, batch: Batch, x: np.ndarray | None = None) -> np.ndarray:
+    if x is None:
+        x = np.zeros((len(batch.tokens), op.out.width), np.float32)
+    return meaning.place(x, batch.inputs, batch.input_rows, op.params["column"])
+
 
 # One row an operation: (executor, op, batch, *inputs) -> out
 RUN = {
-    "embed": lambda e, op, batch: embed(op.weights[0], batch.tokens),
-    "rmsnorm": lambda e, op, batch, x: rmsnorm(x, *e.weights_of(op), **op.params),
-    "linear": lambda e, op, batch, x: linear(x, *e.weights_of(op)),
-    "rope": lambda e, op, batch, x: rope(x, batch.positions, **op.params),
-    "store_kv": lambda e, op, batch, k, v: e.kv_of(op).store(k, v, batch),
-    "attend": lambda e, op, batch, q: e.kv_of(op).attend(q, batch, op.params["heads"]),
-    "swiglu": lambda e, op, batch, gate, up: swiglu(gate, up),
+    "embed": lambda e, op, batch: meaning.embed(op.weights[0], batch.tokens),
+    "embed_positions": lambda e, op, batch: meaning.embed_positions(op.weights[0], batch.positions),
+    "given": _given,
+    "place": _given,
+    "rmsnorm": lambda e, op, batch, x: meaning.rmsnorm(x, *e.weights_of(op), **op.params),
+    "layernorm": lambda e, op, batch, x: meaning.layernorm(x, *e.weights_of(op), **op.params),
+    "linear": lambda e, op, batch, x: meaning.linear(x, *e.weights_of(op)),
+    "head_linear": lambda e, op, batch, x: meaning.head_linear(x, *e.weights_of(op)),
+    "activate": lambda e, op, batch, x: meaning.ACTIVATE[op.params["fn"]](x),
+    "gate": lambda e, op, batch, gate, up: meaning.gate(op.params["fn"], gate, up),
     "add": lambda e, op, batch, a, b: a + np.float32(op.params["scale"]) * b,
     "scale": lambda e, op, batch, x: x * np.float32(op.params["scale"]),
+    "softcap": lambda e, op, batch, x: meaning.softcap(x, op.params["scale"]),
+    "add_vector": lambda e, op, batch, x: x + e.vectors_of(op)[0],
+    "mul_vector": lambda e, op, batch, x: x * e.vectors_of(op)[0],
+    "mul_column": lambda e, op, batch, x, column: x * column,
+    "columns": lambda e, op, batch, x: x[:, op.params["begin"]:op.params["begin"] + op.out.width],
+    "join": lambda e, op, batch, a, b: meaning.join(a, b, **op.params),
     "outputs": lambda e, op, batch, x: x[batch.outputs],
+    "rope": _rope,
+    "temper": lambda e, op, batch, x: meaning.temper(x, batch.positions, **op.params),
+    "store_kv": lambda e, op, batch, k, v: e.kv_of(op).store(k, v, batch),
+    "attend": lambda e, op, batch, q: e.kv_of(op).attend(q, batch, op.params["heads"],
+                                                         *e.vectors_of(op)),
+    "route": lambda e, op, batch, logits: mixers.route(logits, *e.vectors_of(op), **op.params),
+    "experts": lambda e, op, batch, x, routes: mixers.experts(x, routes, *e.weights_of(op)),
+    "weigh": lambda e, op, batch, x, routes: mixers.weigh(x, routes),
+    "mix": lambda e, op, batch, x, routes: mixers.mix(x, routes, **op.params),
+    "conv": _conv,
+    "mamba2": _mamba2,
+    "delta_net": _delta_net,
 }
