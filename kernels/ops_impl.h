@@ -118,8 +118,9 @@ static void rope_rows(const float *x, const float *table, int64_t n_heads, int64
     }
 }
 
-static void swiglu(const float *gate, const float *up, int64_t n, float *out)
+static void gate_row(int fn, const float *gate, const float *up, int64_t n, float *out)
 {
+    (void)fn;
     for (int64_t i = 0; i < n; i += LANES) { /* the last vector may go on into the row's padding */
         const vf x = vf_load(gate + i);
         vf_store(out + i, x / (1.0f + vf_exp(-x)) * vf_load(up + i));
@@ -289,8 +290,6 @@ INLINE void attend_heads(const attend_query *a, int32_t kv_head, int64_t head, c
     const kv_layer *kv = a->kv;
     const int64_t n_key = kv->shape.key_length, n_value = kv->shape.value_length,
                   stride = kv->value_stride;
-    const int32_t first =
-        a->window > 0 && a->position >= a->window ? a->position - a->window + 1 : 0;
     const float *q = a->q + head * n_key;
     float weights[HEADS_AT_ONCE * PAGE_TOKENS], rescale[HEADS_AT_ONCE], m[HEADS_AT_ONCE];
     vf l[HEADS_AT_ONCE], scores[HEADS_AT_ONCE][PAGE_VECTORS];
@@ -299,18 +298,18 @@ INLINE void attend_heads(const attend_query *a, int32_t kv_head, int64_t head, c
         l[h] = vf_set(0.0f);
     }
     memset(scratch, 0, (size_t)(n_heads * stride) * sizeof(float)); /* o (n_heads, stride) */
-    for (int32_t p = first / PAGE_TOKENS; p <= a->position / PAGE_TOKENS; p++) {
+    for (int32_t p = a->first / PAGE_TOKENS; p <= a->last / PAGE_TOKENS; p++) {
         const int32_t start = p * PAGE_TOKENS;
-        const int lo = first > start ? first - start : 0;
-        const int hi = a->position - start < PAGE_TOKENS ? a->position - start + 1 : PAGE_TOKENS;
+        const int lo = a->first > start ? a->first - start : 0;
+        const int hi = a->last - start < PAGE_TOKENS ? a->last - start + 1 : PAGE_TOKENS;
         const uint8_t *keys = key_block(kv, a->pages[p], kv_head),
                       *values = value_block(kv, a->pages[p], kv_head);
         const uint8_t *next =
-            p < a->position / PAGE_TOKENS ? key_block(kv, a->pages[p + 1], kv_head) : keys;
+            p < a->last / PAGE_TOKENS ? key_block(kv, a->pages[p + 1], kv_head) : keys;
         score_page(keys, q, n_key, n_heads, is_f16, values, scores);
         for (int h = 0; h < n_heads; h++)
             rescale[h] =
-                soften_page(scores[h], a->scale, lo, hi, &m[h], &l[h], weights + h * PAGE_TOKENS);
+                soften_page(scores[h], a->heads->scale, lo, hi, &m[h], &l[h], weights + h * PAGE_TOKENS);
         int64_t c = 0;
         for (; c + 4 * LANES <= stride; c += 4 * LANES)
             weigh_columns(values, stride, c, lo, hi, weights, rescale, n_heads, 4, is_f16, next,
@@ -358,7 +357,7 @@ static const attend_some attend_table[HEADS_AT_ONCE][2] = {
 
 static void attend(const attend_query *a, int32_t kv_head, float *scratch)
 {
-    const int64_t group = a->kv->shape.n_head / a->kv->shape.n_head_kv;
+    const int64_t group = a->heads->n_head / a->heads->n_head_kv;
     for (int64_t i = 0; i < group;) {
         const int64_t n = group - i < HEADS_AT_ONCE ? group - i : HEADS_AT_ONCE;
         attend_table[n - 1][a->kv->is_f16](a, kv_head, kv_head * group + i, scratch);
@@ -414,7 +413,7 @@ const kernel_table KERNELS = {
     .rope = rope_rows,
     .store_kv = store_kv,
     .attend = attend,
-    .swiglu = swiglu,
+    .gate = gate_row,
     .add = add,
     .scale = scale_row,
     .group_maxima = group_maxima,
