@@ -157,11 +157,11 @@ cdef class Runner:
         last.data = &result[0, 0]
 
     cdef _set_vectors(self, list vectors):
-        cdef const float[::1] vector
-        self.r.vectors = <const float **>_allocate(len(vectors), sizeof(float *))
+        cdef const float[::1] values
+        self.r.vectors = <vector *>_allocate(len(vectors), sizeof(vector))
         self.r.n_vectors = len(vectors)
-        for i, vector in enumerate(vectors):
-            self.r.vectors[i] = &vector[0]
+        for i, values in enumerate(vectors):
+            self.r.vectors[i].data, self.r.vectors[i].n = &values[0], values.shape[0]
 
     cdef _set_matrices(self, list matrices):
         cdef const uint8_t[::1] source

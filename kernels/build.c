@@ -58,8 +58,8 @@ static int place_kv(runner *r)
         kv->key_block_bytes = element * PAGE_TOKENS * (size_t)kv->shape.key_length;
         kv->value_block_bytes = element * PAGE_TOKENS * (size_t)kv->value_stride;
         r->kv_bytes += (kv->key_block_bytes + kv->value_block_bytes) * n_blocks(r, kv);
-        /* attend works on up to four heads at a time */
-        r->scratch_floats = (size_t)at_least((int64_t)r->scratch_floats, 4 * kv->value_stride);
+        r->scratch_floats =
+            (size_t)at_least((int64_t)r->scratch_floats, BLOCK_ROWS * (int64_t)kv->value_stride);
     }
     if (r->kv_bytes && !(r->kv_memory = map_memory(r->kv_bytes)))
         return -1;

@@ -69,7 +69,8 @@ typedef struct {
     int32_t out, in[5]; /* slots, in the order of the recorder's arguments */
     int32_t weights[3]; /* indices of matrices or vectors: WEIGHTS in lowering.py says which */
     int32_t width;      /* floats in a row of out, or of in[0] where there is no out */
-    int32_t group;      /* norms: values of a group; rope: head_dim; quantize: columns of a part */
+    int32_t group;      /* norms: values of a group; rope: head_dim; quantize: columns of a part;
+                           else the width of in[0] */
     int32_t n_head;     /* join */
     int32_t fn;         /* enum activation */
     int32_t begin;      /* given, place, columns: first column */
@@ -122,31 +123,53 @@ typedef struct {
     uint8_t *keys, *values;
 } kv_layer;
 
-/* One token's query against its sequence's pages. */
+/* One query head of one token. */
+typedef struct {
+    const float *q; /* (key_length) */
+    float *out;     /* (value_length) */
+    int32_t first, last; /* positions that it sees */
+    float sink;     /* -inf: none */
+} attend_row;
+
+/* Rows of one sequence that read the same KV head; together they read its pages once. */
+enum { BLOCK_ROWS = 32 };
+
 typedef struct {
     const kv_layer *kv;
-    const float *q;        /* (n_head * key_length) */
-    float *out;            /* (n_head * value_length) */
-    const int32_t *pages;
     const attention *heads;
-    int32_t first, last;   /* positions that it sees */
-} attend_query;
+    const int32_t *pages;
+    attend_row rows[BLOCK_ROWS];
+    int n_rows;
+} attend_block;
+
+/* NULL: none. A step of 0: the same for each group. */
+typedef struct {
+    const float *scale, *bias;
+    int64_t scale_step, bias_step;
+} norm_weights;
 
 /* ---- one instruction set ---- */
 
 typedef struct {
     const char *isa;
     const linear_table *linear;
-    /* x (n_groups * group): each group over its root mean square, times w (group) */
-    void (*rmsnorm)(const float *x, const float *w, int64_t n_groups, int64_t group, float eps,
-                    float *out);
+    /* x (n_groups * group): each group over its root mean square, times its weights */
+    void (*rmsnorm)(const norm_weights *w, const float *x, int64_t n_groups, int64_t group,
+                    float eps, float *out);
+    /* the same of what is left of a group without its mean, plus its bias */
+    void (*layernorm)(const norm_weights *w, const float *x, int64_t n_groups, int64_t group,
+                      float eps, float *out);
     /* table: cosines (n_rot), then signed sines (n_rot), of one position, from rope_table_row */
     void (*rope)(const float *x, const float *table, int64_t n_heads, int64_t head_dim,
                  int64_t n_rot, int layout, float *out);
     void (*store_kv)(const kv_layer *kv, const float *k, const float *v, int32_t page,
                      int32_t slot);
-    void (*attend)(const attend_query *query, int32_t kv_head, float *scratch);
+    /* scratch: (n_rows, value_stride) */
+    void (*attend)(const attend_block *block, int32_t kv_head, float *scratch);
+    void (*activate)(int fn, const float *x, int64_t n, float *out);
     void (*gate)(int fn, const float *gate, const float *up, int64_t n, float *out);
+    void (*softcap)(const float *x, float cap, int64_t n, float *out);
+    void (*mul)(const float *a, const float *b, int64_t n, float *out);
     void (*add)(const float *a, const float *b, float scale, int64_t n, float *out);
     void (*scale)(const float *x, float scale, int64_t n, float *out);
     /* the highest finite value of each group of SAMPLE_GROUP in x (n), -inf where none is */
@@ -155,8 +178,8 @@ typedef struct {
     double (*exp_sum)(const float *x, int64_t n, float high, float scale);
 } kernel_table;
 
-/* Rows that rope, gate, add, scale and quantize see are 64-byte aligned, and memory goes on to
- * the next multiple of ROW_FLOATS: they may read and write that far. */
+/* Rows that activate, gate, softcap and quantize see are 64-byte aligned, and memory goes on to the
+ * next multiple of ROW_FLOATS: they may read and write that far. */
 #define ROW_FLOATS 16
 
 extern const kernel_table kernels_scalar;
@@ -189,6 +212,11 @@ typedef struct {
     const uint8_t *source; /* the bytes of the file */
     int32_t is_mapped;     /* 1: pages of a file, which can be given back once they are packed */
 } matrix;
+
+typedef struct {
+    const float *data;
+    int64_t n;
+} vector;
 
 typedef struct {
     int32_t layout; /* enum rope_layout */
@@ -228,7 +256,7 @@ typedef struct {
     program_op *ops;        int64_t n_ops;
     slot *slots;            int64_t n_slots;
     matrix *matrices;       int64_t n_matrices;
-    const float **vectors;  int64_t n_vectors;
+    vector *vectors;        int64_t n_vectors;
     rope *ropes;            int64_t n_ropes;
     attention *attentions;  routing *routings;  mamba2_shape *mamba2s;  delta_net_shape *delta_nets;
     kv_layer *kv;           int64_t n_kv;

@@ -75,6 +75,10 @@ cdef extern from "kernels.h" nogil:
         const uint8_t *source
         int32_t is_mapped
 
+    ctypedef struct vector:
+        const float *data
+        int64_t n
+
     ctypedef struct rope:
         int32_t layout
         int32_t n_rot
@@ -108,7 +112,7 @@ cdef extern from "kernels.h" nogil:
         int64_t n_slots
         matrix *matrices
         int64_t n_matrices
-        const float **vectors
+        vector *vectors
         int64_t n_vectors
         rope *ropes
         int64_t n_ropes

@@ -6,6 +6,11 @@ static run_op *const run_table[OP_KINDS] = {
     [OP_linear] = run_linear, [OP_rope_table] = run_rope_table, [OP_rope] = run_rope,
     [OP_store_kv] = run_store_kv, [OP_attend] = run_attend, [OP_gate] = run_gate,
     [OP_add] = run_add, [OP_scale] = run_scale, [OP_outputs] = run_outputs,
+    [OP_embed_positions] = run_embed_positions, [OP_given] = run_given, [OP_place] = run_place,
+    [OP_layernorm] = run_layernorm, [OP_activate] = run_activate, [OP_softcap] = run_softcap,
+    [OP_add_vector] = run_add_vector, [OP_mul_vector] = run_mul_vector,
+    [OP_mul_column] = run_mul_column, [OP_columns] = run_columns, [OP_join] = run_join,
+    [OP_temper] = run_temper,
 };
 
 #define NAME(name) #name,

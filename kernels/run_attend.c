@@ -58,30 +58,81 @@ void run_store_kv(runner *r, const program_op *op, int thread)
 
 /* ---- attention ---- */
 
-/* The positions that token t sees; meaning.seen_range is its twin. */
-static void set_seen(const runner *r, const attention *heads, int64_t t, attend_query *query)
+typedef struct {
+    int32_t first, last;
+} seen;
+
+static int32_t lower(int64_t a, int64_t b) { return (int32_t)at_most(a, b); }
+static int32_t higher(int64_t a, int64_t b) { return (int32_t)at_least(a, b); }
+
+/* The positions that token t sees: the twin of meaning.seen_range. */
+static seen seen_by(const runner *r, const attention *heads, int64_t t)
 {
-    const int32_t p = r->step->positions[t];
-    query->first = heads->window > 0 && p >= heads->window ? p - heads->window + 1 : 0;
-    query->last = p;
+    const int64_t p = r->step->positions[t];
+    seen s = {0, (int32_t)p};
+    const int32_t *span = heads->span < 0 ? &s.first
+                                          : r->step->spans + 2 * (t * r->n_spans + heads->span);
+    if (!heads->causal) {
+        const int64_t side = heads->window ? heads->window / 2 : INT32_MAX;
+        return (seen){higher(span[0], p - side), lower(span[1], p + side)};
+    }
+    if (heads->window)
+        s.first = higher(p - heads->window + 1, 0);
+    if (heads->chunk)
+        s.first = (int32_t)(p - p % heads->chunk);
+    if (heads->span >= 0)
+        s = (seen){lower(s.first, span[0]), higher(s.last, span[1])};
+    return s;
+}
+
+/* The query heads of token t that read this KV head, as rows of a block, which runs when it is
+ * full. */
+static void add_rows(const runner *r, const program_op *op, int64_t t, int32_t kv_head,
+                     attend_block *block, float *scratch)
+{
+    const attention *heads = block->heads;
+    const int64_t group = heads->n_head / heads->n_head_kv;
+    const seen s = seen_by(r, heads, t);
+    const float *sinks = vector_of(r, op, 0);
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+        block->rows[block->n_rows++] = (attend_row){
+            .q = in_row(r, op, 0, t) + head * heads->key_length,
+            .out = out_row(r, op, t) + head * heads->value_length,
+            .first = s.first, .last = s.last, .sink = sinks ? sinks[head] : -INFINITY};
+        if (block->n_rows == BLOCK_ROWS) {
+            r->table->attend(block, kv_head, scratch);
+            block->n_rows = 0;
+        }
+    }
+}
+
+/* Tokens [begin, end) of the step: those that follow one another in a sequence share a block. */
+static void attend_tokens(const runner *r, const program_op *op, range tokens, int32_t kv_head,
+                          float *scratch)
+{
+    const int32_t *sequences = r->step->sequences;
+    attend_block block = {.kv = &r->kv[op->layer], .heads = &r->attentions[op->params]};
+    for (int64_t t = tokens.begin; t < tokens.end; t++) {
+        block.pages = pages_of(r->step, block.kv, t);
+        add_rows(r, op, t, kv_head, &block, scratch);
+        if (block.n_rows && (t + 1 == tokens.end || sequences[t + 1] != sequences[t])) {
+            r->table->attend(&block, kv_head, scratch);
+            block.n_rows = 0;
+        }
+    }
 }
 
 void run_attend(runner *r, const program_op *op, int thread)
 {
-    const batch *b = r->step;
-    const kv_layer *kv = &r->kv[op->layer];
     const attention *heads = &r->attentions[op->params];
-    const int64_t n_kv = kv->shape.n_head_kv;
-    float *scratch = r->scratch + (size_t)thread * r->scratch_floats;
-    attend_query query = {.kv = kv, .heads = heads};
-    range items; /* token * n_kv + KV head */
-    while (claim(r, op, b->n_tokens * n_kv, 1, &items))
+    const int64_t n_tokens = r->step->n_tokens, n_kv = heads->n_head_kv,
+                  at_once = at_least(BLOCK_ROWS / (heads->n_head / n_kv), 1);
+    const int64_t blocks = (n_tokens + at_once - 1) / at_once;
+    range items; /* block of tokens * n_kv + KV head */
+    while (claim(r, op, blocks * n_kv, 1, &items))
         for (int64_t i = items.begin; i < items.end; i++) {
-            const int64_t t = i / n_kv;
-            query.q = in_row(r, op, 0, t);
-            query.out = out_row(r, op, t);
-            query.pages = pages_of(b, kv, t);
-            set_seen(r, heads, t, &query);
-            r->table->attend(&query, (int32_t)(i % n_kv), scratch);
+            const int64_t begin = i / n_kv * at_once;
+            attend_tokens(r, op, (range){begin, at_most(begin + at_once, n_tokens)},
+                          (int32_t)(i % n_kv), r->scratch + (size_t)thread * r->scratch_floats);
         }
 }

@@ -39,7 +39,7 @@ static inline const float *in_row(const runner *r, const program_op *op, int whi
 /* NULL where the operation has no such weight */
 static inline const float *vector_of(const runner *r, const program_op *op, int which)
 {
-    return op->weights[which] < 0 ? NULL : r->vectors[op->weights[which]];
+    return op->weights[which] < 0 ? NULL : r->vectors[op->weights[which]].data;
 }
 
 static inline const matrix *matrix_of(const runner *r, const program_op *op)

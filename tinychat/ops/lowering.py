@@ -246,7 +246,7 @@ def _op_row(op: Op, barrier: bool, slot_of: list[int], weights: Weights, tables:
     indices[:len(op.weights)] = map(weights.index, op.weights, reading)
     row = {"kind": _kernels.op_kinds[op.name], "barrier": barrier,
            "outputs": first.rows == "outputs", "out": slot_of[op.out.id] if op.out else -1,
-           "in": slots, "weights": indices,
+           "in": slots, "weights": indices, "group": op.inputs[0].width if op.inputs else 0,
            "width": op.inputs[0].width if op.name == "quantize" else first.width}
     for name, value in op.params.items():
         if name in STRUCTS:
@@ -260,7 +260,10 @@ def _table(rows: list[dict], fields: list) -> np.ndarray:
     table = np.zeros(len(rows), fields)
     for i, row in enumerate(rows):
         for name, value in row.items():
-            table[name][i] = value
+            try:
+                table[name][i] = value
+            except OverflowError:
+                raise KernelError(f"{name} is {value}, more than the kernels can count") from None
     return table
 
 
