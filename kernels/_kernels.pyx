@@ -229,7 +229,10 @@ cdef class Runner:
              const int32_t[::1] states=None, const float[:, ::1] inputs=None,
              const int32_t[::1] input_rows=None, const int32_t[:, ::1] axes=None,
              const int32_t[:, :, ::1] spans=None) -> bool:
-        """Runs the program on a whole batch; the result is then in its array. False: refused."""
+        """Runs the program on a batch; the result is then in its array. False: refused.
+
+        What the program reads must be there; without window_pages they are `pages`.
+        """
         cdef batch b
         memset(&b, 0, sizeof(batch))
         cdef int64_t n = tokens.shape[0], n_sequences = pages.shape[0]
@@ -245,8 +248,10 @@ cdef class Runner:
         b.pages = &pages[0, 0] if n_sequences else NULL
         b.outputs = &outputs[0] if outputs.shape[0] else NULL
         if self.r.window:
-            if (window_pages is None or n_sequences == 0 or window_pages.shape[0] != n_sequences
-                    or window_pages.shape[1] != b.max_pages):
+            b.window_pages = b.pages
+        if self.r.window and window_pages is not None:
+            if (window_pages.shape[0] != n_sequences or window_pages.shape[1] != b.max_pages
+                    or n_sequences == 0):
                 return False
             b.window_pages = &window_pages[0, 0]
         if self.r.n_recurrent:

@@ -74,7 +74,7 @@ INLINE vf vf_polynomial(vf x, const float *c, const int n)
     return p;
 }
 
-/* tanh(x), within 4 ulp: a polynomial below 0.625, above 1 - 2 / (exp(2x) + 1). Source: Cephes,
+/* tanh(x), within 2 ulp: a polynomial below 0.625, above 1 - 2 / (exp(2x) + 1). Source: Cephes,
  * tanhf.c */
 INLINE vf vf_tanh(vf x)
 {
@@ -86,7 +86,7 @@ INLINE vf vf_tanh(vf x)
     return vf_select((vi)(high < 0.625f), below, vf_with_sign_of(above, x));
 }
 
-/* 1 + erf(x), within 2e-7: x times a polynomial below 1, above exp(-x²) / x times one. Source:
+/* 1 + erf(x), within 3e-7: x times a polynomial below 1, above exp(-x²) / x times one. Source:
  * Cephes, ndtrf.c */
 INLINE vf vf_one_plus_erf(vf x)
 {

@@ -83,6 +83,13 @@ def _check_size(arrays: dict, limits: Limits) -> None:
         raise MemoryError("more than any machine has")
 
 
+def _arrays_read(program: Program) -> list[str]:
+    """The arrays of a batch that not every program reads, but this one."""
+    return (["window_pages"] * bool(program.window) + ["states"] * bool(program.states)
+            + ["inputs", "input_rows"] * bool(program.input_width)
+            + ["axes"] * bool(program.n_axes) + ["spans"] * bool(program.n_spans))
+
+
 # The executor
 
 class NativeExecutor:
@@ -104,8 +111,7 @@ class NativeExecutor:
         self.name = f"native {self.isa}"
         self.threads = default_threads() if threads is None else threads
         self._stepping, self._sampling = threading.Lock(), threading.Lock()
-        self._reads_more = bool(program.window or program.states or program.input_width
-                                or program.n_axes or program.n_spans)
+        self._reads = _arrays_read(program)
         self._runner = self._make_runner(kv_type)
 
     def _make_runner(self, kv_type: str):
@@ -151,21 +157,24 @@ class NativeExecutor:
 
     def _run(self, batch: Batch) -> None:
         try:
-            if self._reads_more:
-                batch = batch.whole(self.program)
-                accepted = self._runner.step(
-                    batch.tokens, batch.positions, batch.sequences, batch.pages, batch.outputs,
-                    batch.window_pages, batch.states, batch.inputs, batch.input_rows, batch.axes,
-                    batch.spans)
-            else:
-                accepted = self._runner.step(batch.tokens, batch.positions, batch.sequences,
-                                             batch.pages, batch.outputs)
+            accepted = self._runner.step(batch.tokens, batch.positions, batch.sequences,
+                                         batch.pages, batch.outputs, **self._read_besides(batch))
             reason = "this executor is closed"
         except (TypeError, ValueError) as error:
             accepted, reason = False, str(error)
         if not accepted:
-            batch.check(self.program, self.limits)
+            batch.whole(self.program).check(self.program, self.limits)
             raise KernelError(f"the kernels refused the batch: {reason}")
+
+    def _read_besides(self, batch: Batch) -> dict:
+        """The arrays that this program reads beside those of every batch, whole.
+
+        NOTE: making a Batch whole costs as much as a step of a tiny model, so it is only done
+        where something is missing; for window_pages the Runner knows what to take.
+        """
+        if any(getattr(batch, name) is None for name in self._reads if name != "window_pages"):
+            batch = batch.whole(self.program)
+        return {name: getattr(batch, name) for name in self._reads}
 
     def sample(self, logits_row: np.ndarray, params, recent_ids, coin: float) -> int:
         """A token id, as tinychat.ops.sampling.sample means it.
