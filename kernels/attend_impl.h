@@ -79,7 +79,8 @@ INLINE void score_page(const uint8_t *keys, const attend_row *rows, int64_t n_ke
                 sum[r][j] = vf_set(0.0f);
         for (int64_t i = 0; i < n_key; i++) {
             vf key[PAGE_VECTORS];
-            __builtin_prefetch(next + i * MEMORY_ALIGN);
+            if (n <= 4)
+                __builtin_prefetch(next + i * MEMORY_ALIGN);
 #pragma GCC unroll 8
             for (int j = 0; j < some; j++)
                 key[j] = load_kv(keys, i * PAGE_TOKENS + (at + j) * LANES, is_f16);
@@ -97,28 +98,39 @@ INLINE void score_page(const uint8_t *keys, const attend_row *rows, int64_t n_ke
     }
 }
 
+/* The scores of slots from `slot` on, -inf where the row does not see them */
+INLINE vf only_seen(vf score, int slot, const row_state *s)
+{
+    static const int32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vi lane;
+    memcpy(&lane, lanes, sizeof lane);
+    return vf_select((lane + slot >= s->lo) & (lane + slot < s->hi), score, vf_set(-INFINITY));
+}
+
+INLINE void raise_high(row_state *s, float high)
+{
+    float rescale[LANES];
+    vf_store(rescale, vf_exp(vf_set(s->m - high)));
+    s->rescale = rescale[0];
+    s->l = s->l * s->rescale;
+    s->m = high;
+}
+
 /* Scores of one row and page -> weights[slot] = exp(score - m), 0 outside [lo, hi). */
 INLINE void soften_page(const vf *scores, const attention *heads, row_state *s)
 {
-    static const int32_t slots[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const vf nothing = vf_set(-INFINITY);
-    vf score[PAGE_VECTORS], high = nothing;
-    vi lane;
-    memcpy(&lane, slots, sizeof lane);
+    vf score[PAGE_VECTORS], high = vf_set(-INFINITY);
     for (int j = 0; j < PAGE_VECTORS; j++) {
-        const vi slot = lane + j * LANES, seen = (slot >= s->lo) & (slot < s->hi);
         score[j] = scores[j] * heads->scale;
         if (heads->softcap > 0.0f)
             score[j] = heads->softcap * vf_tanh(score[j] / heads->softcap);
-        score[j] = vf_select(seen, score[j], nothing);
+        if (s->lo > 0 || s->hi < PAGE_TOKENS)
+            score[j] = only_seen(score[j], j * LANES, s);
         high = vf_max(high, score[j]);
     }
-    const float old = s->m, page_high = lanes_max(high);
-    s->m = page_high > old ? page_high : old;
-    float rescale[LANES];
-    vf_store(rescale, vf_exp(vf_set(old - s->m)));
-    s->rescale = rescale[0];
-    s->l = s->l * s->rescale;
+    s->rescale = 1.0f;
+    if (vf_any_above(high, vf_set(s->m)))
+        raise_high(s, lanes_max(high));
     for (int j = 0; j < PAGE_VECTORS; j++) {
         const vf weight = vf_exp(score[j] - s->m);
         s->l += weight;
@@ -140,8 +152,10 @@ INLINE void weigh_columns(const uint8_t *values, int64_t stride, int64_t c, int 
             sum[r][j] = vf_load(o + r * stride + c + j * LANES) * states[r].rescale;
     for (int slot = lo; slot < hi; slot++) {
         vf value[4];
-        __builtin_prefetch(next + (16 * (c / LANES) + 2 * slot) * MEMORY_ALIGN);
-        __builtin_prefetch(next + (16 * (c / LANES) + 2 * slot + 1) * MEMORY_ALIGN);
+        if (n <= 4) {
+            __builtin_prefetch(next + (16 * (c / LANES) + 2 * slot) * MEMORY_ALIGN);
+            __builtin_prefetch(next + (16 * (c / LANES) + 2 * slot + 1) * MEMORY_ALIGN);
+        }
 #pragma GCC unroll 8
         for (int j = 0; j < n_vectors; j++)
             value[j] = load_kv(values, slot * stride + c + j * LANES, is_f16);

@@ -1,23 +1,15 @@
 /* Functions of vectors: see ops_impl.h. */
 
-/* sum and maximum of the lanes, always in the same order */
+/* the sum of the lanes, always in the same order */
 INLINE float lanes_sum(vf v)
 {
     float lane[LANES];
     vf_store(lane, v);
+#pragma GCC unroll 4
     for (int n = LANES / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
         for (int i = 0; i < n; i++)
             lane[i] += lane[i + n];
-    return lane[0];
-}
-
-INLINE float lanes_max(vf v)
-{
-    float lane[LANES];
-    vf_store(lane, v);
-    for (int n = LANES / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; i++)
-            lane[i] = lane[i] > lane[i + n] ? lane[i] : lane[i + n];
     return lane[0];
 }
 

@@ -128,11 +128,11 @@ void run_attend(runner *r, const program_op *op, int thread)
     const int64_t n_tokens = r->step->n_tokens, n_kv = heads->n_head_kv,
                   at_once = at_least(BLOCK_ROWS / (heads->n_head / n_kv), 1);
     const int64_t blocks = (n_tokens + at_once - 1) / at_once;
-    range items; /* block of tokens * n_kv + KV head */
+    range items; /* KV head * blocks + block of tokens: the next block reads the same pages */
     while (claim(r, op, blocks * n_kv, 1, &items))
         for (int64_t i = items.begin; i < items.end; i++) {
-            const int64_t begin = i / n_kv * at_once;
+            const int64_t begin = i % blocks * at_once;
             attend_tokens(r, op, (range){begin, at_most(begin + at_once, n_tokens)},
-                          (int32_t)(i % n_kv), r->scratch + (size_t)thread * r->scratch_floats);
+                          (int32_t)(i / blocks), r->scratch + (size_t)thread * r->scratch_floats);
         }
 }
