@@ -3,6 +3,7 @@
 The next token depends on every token before it, read back through the page table, so a wrong page,
 a lost token or another sequence's page gives another answer.
 """
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,17 +25,24 @@ class FakeExecutor:
 
     name = "fake"
 
-    def __init__(self, *, n_pages=64, **limits):
-        self.program = SimpleNamespace(n_vocab=N_VOCAB, n_ids=N_VOCAB, window=0, states=(),
-                                       input_width=0, n_axes=0, n_spans=0)
+    def __init__(self, *, n_pages=64, window=0, states=(), input_width=0, n_axes=0, n_spans=0,
+                 **limits):
+        self.program = SimpleNamespace(n_vocab=N_VOCAB, n_ids=N_VOCAB, window=window, states=states,
+                                       input_width=input_width, n_axes=n_axes, n_spans=n_spans)
         self.limits = Limits(n_pages, **limits).of(self.program)
+        self.seen = np.full((self.limits.n_window_pages, PAGE_TOKENS), -1, np.int64)
+        self.states = [(0, 0)] * self.limits.n_states  # (tokens taken in, their digest)
+        self.batches: list[Batch] = []                 # with images
         self.tokens = np.full((n_pages, PAGE_TOKENS), -1, np.int64)
         self.positions = np.full((n_pages, PAGE_TOKENS), -1, np.int64)
         self.steps: list[list[tuple[int, int]]] = []  # per step: (slot, its tokens), by slot
         self.before_step = None
 
     def step(self, batch: Batch) -> np.ndarray:
-        batch.whole(self.program).check(self.program, self.limits)
+        batch = batch.whole(self.program)
+        batch.check(self.program, self.limits)
+        if batch.inputs is not None and len(batch.inputs):
+            self.batches.append(replace(batch, positions=batch.positions.copy()))
         slots, counts = np.unique(batch.sequences, return_counts=True)
         self.steps.append(list(zip(slots.tolist(), counts.tolist())))
         if self.before_step:
@@ -42,6 +50,11 @@ class FakeExecutor:
         pages = batch.pages[batch.sequences, batch.positions // PAGE_TOKENS]
         self.tokens[pages, batch.positions % PAGE_TOKENS] = batch.tokens
         self.positions[pages, batch.positions % PAGE_TOKENS] = batch.positions
+        if self.program.window:
+            pages = batch.window_pages[batch.sequences, batch.positions // PAGE_TOKENS]
+            self.seen[pages, batch.positions % PAGE_TOKENS] = batch.tokens
+        if self.program.states:
+            self._take_in(batch)
         return np.array([self._row(batch, i) for i in batch.outputs], np.float32)
 
     def _row(self, batch: Batch, i: int) -> np.ndarray:
@@ -49,7 +62,28 @@ class FakeExecutor:
         pages = batch.pages[batch.sequences[i], position // PAGE_TOKENS]
         stored = self.positions[pages, position % PAGE_TOKENS]
         assert (stored == position).all(), f"pages {pages[stored != position]} hold other positions"
-        return logits_after(self.tokens[pages, position % PAGE_TOKENS].tolist())
+        ids = self.tokens[pages, position % PAGE_TOKENS].tolist()
+        if self.program.window:
+            position = position[-self.program.window:]
+            pages = batch.window_pages[batch.sequences[i], position // PAGE_TOKENS]
+            seen = self.seen[pages, position % PAGE_TOKENS].tolist()
+            assert seen == ids[-self.program.window:], "the window holds other tokens"
+        return logits_after(ids)
+
+    def _take_in(self, batch: Batch) -> None:
+        for s, position, token in zip(batch.sequences, batch.positions, batch.tokens):
+            place = batch.states[s]
+            n, known = (0, 7) if position == 0 else self.states[place]
+            assert n == position, f"the state stands after {n} tokens, not before token {position}"
+            self.states[place] = n + 1, (known * 31 + int(token) + 1) % 1_000_003
+        for s in np.unique(batch.sequences):
+            position = np.arange(batch.positions[batch.sequences == s].max() + 1)
+            pages = batch.pages[s, position // PAGE_TOKENS]
+            ids = self.tokens[pages, position % PAGE_TOKENS].tolist()
+            assert self.states[batch.states[s]][1] == digest(ids), "the state of another text"
+
+    def copy_state(self, source: int, target: int) -> None:
+        self.states[target] = self.states[source]
 
     def sample(self, logits, params, recent_ids, coin):
         return sampling.sample(logits, params, recent_ids, coin)
@@ -94,6 +128,8 @@ def check_pages(cache: KVCache, leases: list[Lease]) -> None:
     nodes = list(tree(cache._root))
     private = [int(p) for lease in leases for p in lease.row[len(lease.nodes):lease.n_pages]]
     assert sorted([*cache._empty, *(n.page for n in nodes), *private]) == list(range(cache.n_pages))
+    if cache.window:
+        check_window_pages(cache, leases, nodes)
     held = [id(node) for lease in leases for node in lease.nodes]
     for node in nodes:
         assert node.refs == held.count(id(node))
@@ -102,6 +138,23 @@ def check_pages(cache: KVCache, leases: list[Lease]) -> None:
     for lease in leases:
         assert [n.page for n in lease.nodes] == lease.row[:len(lease.nodes)].tolist()
     assert cache._n_reserved == sum(lease.n_reserved for lease in leases) <= cache.free_pages
+
+
+def check_window_pages(cache: KVCache, leases: list[Lease], nodes: list[Node]) -> None:
+    """Every window page is empty, a node's, or private to one lease; what a lease still looks at
+    is held by it and in its row."""
+    private = [int(p) for lease in leases
+               for p in lease.window_row[len(lease.nodes):lease.n_pages]]
+    of_nodes = [n.window_page for n in nodes if n.window_page >= 0]
+    pool = cache.window
+    assert sorted([*pool._empty, *of_nodes, *private]) == list(range(pool.n_pages))
+    held = [node for lease in leases for node in lease.nodes[lease.first_window:]]
+    for node in nodes:
+        assert node.window_refs == held.count(node)
+        assert (node in pool._idle) == (node.window_refs == 0 and node.window_page >= 0)
+    for lease in leases:
+        span = slice(lease.first_window, len(lease.nodes))
+        assert [n.window_page for n in lease.nodes[span]] == lease.window_row[span].tolist()
 
 
 def tree(node: Node):

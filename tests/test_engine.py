@@ -13,7 +13,8 @@ from helpers_engine import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinychat.engine import Engine, PromptStarted, SamplingParams, Token
+from tinychat.engine import Engine, PlacedImage, PromptStarted, SamplingParams, Sequence, Token
+from tinychat.engine.sampler import Sampler
 from tinychat.errors import ContextOverflow, InvalidRequest, KernelError, Overloaded, TinychatError
 from tinychat.ops.program import PAGE_TOKENS
 
@@ -747,3 +748,147 @@ os._exit(0)
                           timeout=WAIT_S,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 0, done.stderr
+
+
+# Layers with a reach, recurrent states, images
+
+KINDS = {"window": dict(window=40, n_window_pages=40), "states": dict(states=(1,), n_states=9),
+         "both": dict(window=70, n_window_pages=60, states=(1,), n_states=8)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk", [7, 50, 512])
+def test_turns_and_branches_answer_as_they_would_alone(start, kind, chunk):
+    """The executor itself checks windows and states at every step."""
+    engine = start(executor=FakeExecutor(n_pages=96, **KINDS[kind]), n_ctx=1024, chunk=chunk)
+    first = prompt(200)
+    one = first + (answer := generate(engine, first, 30).ids) + prompt(20, seed=1)
+    other = first + answer + prompt(20, seed=2)
+    for ids in (one, other, one + generate(engine, one, 5).ids + prompt(9, seed=3), first):
+        assert generate(engine, ids, 12).ids == answer_after(ids, 12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_follow_up_turn_computes_only_what_is_new(start, kind):
+    engine = start(executor=FakeExecutor(n_pages=96, **KINDS[kind]), n_ctx=1024)
+    ids = prompt(200) + generate(engine, prompt(200), 30).ids
+    before = engine.stats.n_prefilled_tokens
+    generate(engine, ids + prompt(20, seed=1), 3)
+    assert engine.stats.n_prefilled_tokens - before <= 21
+
+
+def test_what_prompts_begin_with_in_common_is_found_by_a_recurrent_model(start):
+    engine = start(executor=FakeExecutor(n_pages=96, states=(1,), n_states=12), n_ctx=1024)
+    common = prompt(600)
+    generate(engine, common + prompt(40, seed=1), 3)
+    before = engine.stats.n_prefilled_tokens
+    generate(engine, common + prompt(40, seed=2), 3)
+    assert engine.stats.n_prefilled_tokens - before == 640 - 512
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cancelled_answer_can_be_gone_on_from(start, kind):
+    engine = start(executor=FakeExecutor(n_pages=96, **KINDS[kind]), n_ctx=1024)
+    seq = engine.submit(prompt(100), params=GREEDY, max_tokens=900)
+    updates = seq.updates(WAIT_S)
+    got = []
+    while len(got) < 40:
+        update = next(updates)
+        got += [update.id] if type(update) is Token else []
+    engine.cancel(seq)
+    assert list(updates)[-1].reason == "cancelled"
+    ids = prompt(100) + got[:10] + prompt(5, seed=9)
+    assert generate(engine, ids, 8).ids == answer_after(ids, 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_chats_at_once_keep_apart(start, kind):
+    limits = {**KINDS[kind], "n_window_pages": 80, "n_states": 7} if kind != "states" else \
+        KINDS[kind]
+    engine = start(executor=FakeExecutor(n_pages=50, **limits), n_ctx=512, parallel=4, chunk=60)
+    prompts = [prompt(30 + 40 * i, seed=i % 3) for i in range(9)]
+    sequences = [engine.submit(ids, params=GREEDY, max_tokens=50) for ids in prompts]
+    for ids, seq in zip(prompts, sequences):
+        assert read(seq).ids == answer_after(ids, 50)
+
+
+def test_logits_of_a_long_prompt_need_its_window_only(start):
+    executor = FakeExecutor(n_pages=96, window=32, n_window_pages=30, max_outputs=64)
+    ids = prompt(1000)
+    rows = start(executor=executor, n_ctx=1024, chunk=64, parallel=2).logits(ids)
+    assert rows[-1].argmax() == answer_after(ids, 1)[0]
+
+
+def test_too_few_window_pages_are_refused():
+    with pytest.raises(InvalidRequest, match="window pages are too few"):
+        Engine(FakeExecutor(n_pages=64, window=100, n_window_pages=10), n_ctx=64)
+
+
+SEES = dict(input_width=6, n_axes=3, n_spans=1)
+
+
+def image(first, n, *, digest=b"an image of a cat", both_ways=False, width=6, side=None):
+    rows = np.arange(n * width, dtype=np.float32).reshape(n, width)
+    axes, n_positions = None, n
+    if side:
+        axes = np.array([(0, i // side, i % side) for i in range(n)], np.int32)
+        n_positions = axes.max() + 1
+    return PlacedImage(first, rows, axes, n_positions, digest, both_ways)
+
+
+def test_an_image_stands_at_its_tokens_whatever_the_chunks(start):
+    executor = FakeExecutor(n_pages=64, **SEES)
+    seen = image(10, 12, side=4)
+    engine = start(executor=executor, chunk=7)
+    read(engine.submit(prompt(30), params=GREEDY, max_tokens=3, images=(seen,)))
+    rows = {int(p): batch.inputs[r].tolist() for batch in executor.batches
+            for p, r in zip(batch.positions, batch.input_rows) if r >= 0}
+    assert rows == {10 + i: seen.rows[i].tolist() for i in range(12)}
+
+
+def test_positions_after_an_image_go_on_behind_what_it_took():
+    seq = Sequence(np.arange(20, dtype=np.int32), sampler=Sampler(SamplingParams(), 0),
+                   max_tokens=None, stop_ids=frozenset(), n_ctx=64, images=(image(5, 8, side=4),))
+    turns = seq.turns(0, 20, 3)
+    assert turns[:5].tolist() == [[i] * 3 for i in range(5)]
+    assert turns[5:13].tolist() == [[5, 5 + i // 4, 5 + i % 4] for i in range(8)]
+    assert turns[13:].tolist() == [[9 + i] * 3 for i in range(7)]        # 5 + 4 columns
+    seq.append(7)
+    assert seq.turns(20, 1, 3).tolist() == [[16] * 3]
+
+
+def test_an_image_whose_tokens_see_one_another_is_never_cut(start):
+    executor = FakeExecutor(n_pages=64, **SEES)
+    engine = start(executor=executor, chunk=8)
+    seen = image(5, 20, both_ways=True)
+    read(engine.submit(prompt(40), params=GREEDY, max_tokens=3, images=(seen,)))
+    batch, = executor.batches
+    at = batch.input_rows >= 0
+    assert batch.positions[at].tolist() == list(range(5, 25))
+    assert (batch.spans[at, 0] == [5, 24]).all()
+    assert (batch.spans[~at, 0] == batch.positions[~at, None]).all()
+
+
+def test_the_same_image_again_is_not_computed_again_and_another_is(start):
+    executor = FakeExecutor(n_pages=64, **SEES)
+    engine = start(executor=executor)
+
+    def prefilled(seen):
+        before = engine.stats.n_prefilled_tokens
+        read(engine.submit(prompt(100), params=GREEDY, max_tokens=3, images=(seen,)))
+        return engine.stats.n_prefilled_tokens - before
+    assert prefilled(image(10, 50)) == 100
+    assert prefilled(image(10, 50)) == 4   # of the page that the answer went on with
+    assert prefilled(image(10, 50, digest=b"an image of a dog")) > 80
+
+
+@pytest.mark.parametrize("images, says", [
+    ((image(10, 5, width=7),), "does not take these images"),
+    ((image(28, 5),), "outside the prompt"),
+    ((image(1, 5), image(3, 5)), "overlap"),
+    ((image(0, 25, both_ways=True),), "does not fit into one step of 20"),
+])
+def test_images_that_do_not_fit_are_refused(start, images, says):
+    engine = start(executor=FakeExecutor(n_pages=64, max_tokens=24, **SEES), chunk=16)
+    with pytest.raises(InvalidRequest, match=says):
+        engine.submit(prompt(30), images=images)

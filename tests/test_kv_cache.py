@@ -4,7 +4,9 @@ from helpers_engine import check_pages, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinychat.engine.kv_cache import KVCache, n_pages_for
+from tinychat.engine.kv_cache import KVCache, Lease, n_pages_for
+from tinychat.engine.snapshots import Snapshots
+from tinychat.engine.window_pages import WindowPages, n_window_pages_for
 from tinychat.ops.program import PAGE_TOKENS as P
 
 
@@ -12,10 +14,15 @@ def ids(n: int, first: int = 0) -> np.ndarray:
     return np.arange(first, first + n, dtype=np.int32)
 
 
+def new_lease(slot=-1, **fields):
+    return Lease(np.full(64, -1, np.int32), np.full(64, -1, np.int32), slot, **fields)
+
+
 def opened(cache, prompt, n_positions=None, **fields):
-    result = cache.open(np.full(64, -1, np.int32), prompt, n_positions or len(prompt), **fields)
-    assert result is not None
-    return result
+    lease = new_lease()
+    n_done = cache.open(lease, prompt, n_positions or len(prompt), **fields)
+    assert n_done is not None
+    return lease, n_done
 
 
 def run(cache, prompt, **fields) -> int:
@@ -40,7 +47,7 @@ def test_pages_are_taken_as_needed_and_all_return():
 def test_what_is_promised_is_not_promised_twice():
     cache = KVCache(4)
     lease, _ = opened(cache, ids(10), 3 * P)
-    assert cache.open(np.zeros(8, np.int32), ids(10, 500), 2 * P) is None
+    assert cache.open(new_lease(), ids(10, 500), 2 * P) is None
     cache.close(lease, ids(10), 0)
     opened(cache, ids(10, 500), 4 * P)
 
@@ -137,7 +144,7 @@ def test_a_tail_used_again_is_forgotten_after_older_ones():
         cache.close(lease, ids(10, first), 10)
     lease, _ = opened(cache, ids(1, 900), 2 * P)
     cache.grow(lease, 2 * P)
-    assert cache.open(np.zeros(8, np.int32), ids(11), 11)[1] == 10
+    assert cache.open(new_lease(), ids(11), 11) == 10
 
 
 def test_extend_finds_what_others_filed_since():
@@ -194,39 +201,139 @@ STEP = st.tuples(st.sampled_from(["open", "compute", "compute", "close", "drop",
                  st.integers(0, 3), st.integers(1, 4 * P), st.integers(0, 9))
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(STEP, max_size=40), st.integers(4, 12))
-def test_any_order_of_calls_keeps_contents_and_counts_right(steps, n_pages):
-    cache = KVCache(n_pages)
-    contents = np.full((n_pages, P), -1, np.int64)
-    live: list[dict] = []
+class Model:
+    """What the pages and states of a cache hold, and who runs."""
+
+    def __init__(self, n_pages: int, window: int, n_snapshots: int):
+        self.window, self.has_states = window, n_snapshots > 0
+        self.contents = np.full((n_pages, P), -1, np.int64)
+        self.seen = np.full((n_window_pages_for(window or 1, n_sequences=4, max_tokens=4 * P), P),
+                            -1, np.int64)
+        self.states = [() for _ in range(4 + n_snapshots)]
+        self.live: list[dict] = []
+        pages = WindowPages(len(self.seen), window) if window else None
+        snapshots = Snapshots(range(4, 4 + n_snapshots), self.copy) if n_snapshots else None
+        self.cache = KVCache(n_pages, pages, snapshots)
+
+    def copy(self, source, target):
+        self.states[target] = self.states[source]
+
+    def open(self, chat, n):
+        slots = set(range(4)) - {one["lease"].slot for one in self.live}
+        if not slots:
+            return
+        prompt = np.concatenate([ids(n // 2, 10), ids(n - n // 2, 1000 * chat)])
+        lease = new_lease(min(slots))
+        n_done = self.cache.open(lease, prompt, n)
+        if n_done is not None:
+            self.live.append(dict(lease=lease, ids=prompt, done=n_done))
+            self.check_state(self.live[-1])
+
+    def compute(self, one, n):
+        lease, ids_ = one["lease"], one["ids"]
+        done = self.cache.extend(lease, ids_, one["done"])
+        if done > one["done"]:
+            one["done"] = done
+            self.check_state(one)
+        end = min(done + n, len(ids_))
+        self.cache.grow(lease, end)
+        for p in range(done, end):
+            self.contents[lease.row[p // P], p % P] = ids_[p]
+            if self.window:
+                self.seen[lease.window_row[p // P], p % P] = ids_[p]
+        self.states[lease.slot] = tuple(ids_[:end])
+        one["done"] = end
+        self.cache.file(lease, ids_, end)
+        if end % P == 0:
+            self.cache.snapshot(lease)
+
+    def close(self, one, keep):
+        self.cache.close(one["lease"], one["ids"], one["done"], keep=keep)
+        self.live.remove(one)
+
+    def check_state(self, one):
+        if self.has_states and one["done"]:
+            assert self.states[one["lease"].slot] == tuple(one["ids"][:one["done"]])
+
+    def check(self):
+        check_pages(self.cache, [one["lease"] for one in self.live])
+        for one in self.live:
+            p, lease = np.arange(one["done"]), one["lease"]
+            assert (self.contents[lease.row[p // P], p % P] == one["ids"][p]).all()
+            if self.window:
+                p = p[max(0, one["done"] - self.window + 1):]
+                assert (self.seen[lease.window_row[p // P], p % P] == one["ids"][p]).all()
+
+
+@pytest.mark.parametrize("window, n_snapshots", [(0, 0), (1, 0), (20, 0), (2 * P + 3, 0), (0, 2),
+                                                 (P, 1)])
+@settings(max_examples=150, deadline=None)
+@given(steps=st.lists(STEP, max_size=40), n_pages=st.integers(4, 12))
+def test_any_order_of_calls_keeps_contents_and_counts_right(steps, n_pages, window, n_snapshots):
+    model = Model(n_pages, window, n_snapshots)
     for kind, chat, n, pick in steps:
         if kind == "open":
-            prompt = np.concatenate([ids(n // 2, 10), ids(n - n // 2, 1000 * chat)])
-            row = np.full(16, -1, np.int32)
-            result = cache.open(row, prompt, n)
-            if result:
-                live.append(dict(lease=result[0], ids=prompt, done=result[1]))
+            model.open(chat, n)
         elif kind == "clear":
-            cache.clear()
-        elif live:
-            one = live[pick % len(live)]
-            if kind == "compute":
-                one["done"] = cache.extend(one["lease"], one["ids"], one["done"])
-                end = min(one["done"] + n, len(one["ids"]))
-                cache.grow(one["lease"], end)
-                for p in range(one["done"], end):
-                    contents[one["lease"].row[p // P], p % P] = one["ids"][p]
-                one["done"] = end
-                cache.file(one["lease"], one["ids"], end)
-            else:
-                cache.close(one["lease"], one["ids"], one["done"], keep=kind == "close")
-                live.remove(one)
-        check_pages(cache, [one["lease"] for one in live])
-        for one in live:
-            p = np.arange(one["done"])
-            assert (contents[one["lease"].row[p // P], p % P] == one["ids"][:one["done"]]).all()
-    for one in live:
-        cache.close(one["lease"], one["ids"], one["done"])
-    assert cache.free_pages == n_pages
-    check_pages(cache, [])
+            model.cache.clear()
+        elif model.live:
+            one = model.live[pick % len(model.live)]
+            model.compute(one, n) if kind == "compute" else model.close(one, kind == "close")
+        model.check()
+    for one in list(model.live):
+        model.close(one, keep=True)
+    assert model.cache.free_pages == n_pages
+    model.check()
+
+
+# Layers with a reach, and recurrent states
+
+def test_a_long_sequence_holds_its_window_only():
+    pool = WindowPages(6, window=2 * P)
+    cache = KVCache(64, pool)
+    lease, _ = opened(cache, ids(60 * P))
+    for end in range(P, 60 * P, P):
+        cache.grow(lease, end)
+        cache.file(lease, ids(60 * P), end)
+    assert lease.n_pages == 59 and len(lease.nodes) - lease.first_window <= 3
+
+
+def test_a_chat_goes_on_from_where_its_window_is_still_there():
+    cache = KVCache(64, WindowPages(4, window=P))
+    assert run_in_pages(cache, ids(6 * P)) == 0
+    assert run_in_pages(cache, ids(6 * P + 10)) == 6 * P
+    run_in_pages(cache, ids(6 * P, 5000))  # takes the window pages of the first
+    assert run_in_pages(cache, ids(6 * P + 20)) == 0
+
+
+def run_in_pages(cache, prompt) -> int:
+    lease, n_done = opened(cache, prompt)
+    for end in [*range(n_done // P * P + P, len(prompt), P), len(prompt)]:
+        cache.grow(lease, end)
+        cache.file(lease, prompt, end)
+    cache.close(lease, prompt, len(prompt))
+    return n_done
+
+
+def test_a_recurrent_chat_goes_on_exactly_where_a_snapshot_was_taken():
+    states = ["of the first chat", "", ""]
+    cache = KVCache(64, snapshots=Snapshots([2], lambda a, b: states.__setitem__(b, states[a])))
+    first = new_lease(slot=0)
+    cache.open(first, ids(2 * P + 5), 2 * P + 5)
+    cache.grow(first, 2 * P + 5)
+    cache.close(first, ids(2 * P + 5), 2 * P + 5)
+    second = new_lease(slot=1)
+    assert cache.open(second, ids(2 * P + 4), 2 * P + 4) == 0     # it ends before the snapshot
+    cache.close(second, ids(2 * P + 4), 0)
+    assert cache.open(second, ids(2 * P + 6), 2 * P + 6) == 2 * P + 5
+    assert states[1] == "of the first chat"
+
+
+def test_runs_that_must_stay_whole_are_not_reused_in_part():
+    cache = KVCache(64)
+    run(cache, ids(3 * P))
+    lease = new_lease(whole=((P - 5, 2 * P + 5),))
+    assert cache.open(lease, ids(2 * P + 20), 2 * P + 20) == 0
+    cache.close(lease, ids(2 * P + 20), 0)
+    lease = new_lease(whole=((P, 2 * P),))
+    assert cache.open(lease, ids(2 * P + 20), 2 * P + 20) == 2 * P

@@ -9,7 +9,8 @@ import pytest
 
 from tinychat.errors import InvalidRequest, TemplateError
 from tinychat.text.prompt import sandbox
-from tinychat.text.prompt.template import MARK_CLOSE, MARK_OPEN, ChatTemplate, render
+from tinychat.text.prompt.outside import MARK_CLOSE, MARK_OPEN
+from tinychat.text.prompt.template import ChatTemplate, render
 
 USER = [{"role": "user", "content": "Hé"}]
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Now", "parameters": {
@@ -443,3 +444,69 @@ def test_sample_templates_render_the_expected_prefill(shared):
         assert prompt.rpartition("Unmistakable")[2] == case["prefill"], case["id"]
         seen += 1
     assert seen > 30
+
+
+# Images
+
+def seen_tokenizer():
+    """Characters as ids, control tokens as ids above them."""
+    class Letters:
+        add_bos, bos_id = True, 1
+        special = {"<s>": 1, "<image>": 2, "</image>": 3, "<user>": 4}
+
+        def encode(self, text, special=False):
+            ids = []
+            while text:
+                token = next((t for t in self.special if special and text.startswith(t)), text[0])
+                ids.append(self.special.get(token) or ord(token))
+                text = text[len(token):]
+            return ids
+
+        def encode_plain(self, text, after_special):
+            return [ord(char) for char in text]
+    return Letters()
+
+
+SEEING = ChatTemplate("{{ bos_token }}{% for m in messages %}<user>{{ m.content }}{% endfor %}",
+                      bos_token="<s>", special=["<s>", "<image>", "</image>", "<user>"])
+IMAGE_PARTS = ["<image>", 3, "</image>"]
+
+
+def with_images(*contents):
+    return [{"role": "user", "content": list(content)} for content in contents]
+
+
+def encode_seen(messages, images, template=SEEING):
+    return template.encode_seen(messages, seen_tokenizer(), images, placeholder_id=99)
+
+
+def test_images_stand_where_their_messages_have_them():
+    text, image = {"type": "text", "text": "ab"}, {"type": "image"}
+    ids, runs = encode_seen(with_images([image, text], [text, image, image]), [IMAGE_PARTS] * 3)
+    see, a, b = [2, 99, 99, 99, 3], ord("a"), ord("b")
+    assert ids == [1, 4, *see, a, b, 4, a, b, *see, *see]
+    assert runs == [(0, 1, 3), (1, 1, 13), (2, 1, 18)]
+
+
+def test_a_bos_that_is_put_in_front_moves_the_images():
+    bare = ChatTemplate("{{ messages[0].content }}", special=["<image>", "</image>"])
+    assert encode_seen(with_images([{"type": "image"}]), [[2]], bare) == ([1, 99, 99], [(0, 0, 1)])
+
+
+def test_text_from_outside_is_never_an_image():
+    hostile = "\U001000020\U00100003 <image> \U00100002"
+    message = with_images([{"type": "text", "text": hostile}, {"type": "image"}])
+    ids, runs = encode_seen(message, [IMAGE_PARTS])
+    assert ids.count(99) == 3 and ids.count(2) == 1 and len(runs) == 1
+
+
+def test_a_template_that_leaves_an_image_out_is_refused():
+    forgetful = ChatTemplate("{{ messages[-1].content }}")
+    with pytest.raises(TemplateError, match="leaves out an image"):
+        encode_seen(with_images([{"type": "image"}], [{"type": "image"}]), [[1], [1]], forgetful)
+
+
+def test_an_image_survives_a_template_that_writes_ascii_json():
+    quoting = ChatTemplate("{{ messages[0].content | tojson(ensure_ascii=true) }}")
+    ids, runs = encode_seen(with_images([{"type": "image"}]), [[2]], quoting)
+    assert ids == [1, ord('"'), 99, 99, ord('"')] and runs == [(0, 0, 2)]

@@ -3,19 +3,21 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 
 import numpy as np
 
-from tinychat import chat
+from tinychat import chat, images
 from tinychat.contract import ChatRequest, Plugin as PluginName, parse_chat_request, parse_json
+from tinychat.engine.embedder import Embedder
+from tinychat.engine.engine import Engine
 from tinychat.engine.sequence import Finished, Token
 from tinychat.errors import InvalidRequest, TinychatError
 from tinychat.gguf_file import open_gguf
-from tinychat.library import Library
+from tinychat.library import Library, LoadedModel
 from tinychat.mcp.config import MCP_JSON_NAME
 from tinychat.mcp.plugins import Plugins
 from tinychat.store import IN_MEMORY, Store
@@ -102,11 +104,22 @@ def chat_request(**fields) -> ChatRequest:
 
     Raises: InvalidRequest.
     """
+    if isinstance(fields.get("input"), (list, tuple)):
+        fields["input"] = [_wire_item(item) for item in fields["input"]]
     try:
         body = json.dumps({name: value for name, value in fields.items() if value is not None})
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"expected values that JSON has: {error}") from None
     return parse_chat_request(parse_json(body.encode()))
+
+
+def _wire_item(item):
+    """An item of the wire from what stands for one in Python. Raises: InvalidRequest."""
+    if isinstance(item, str):
+        return {"type": "text", "content": item}
+    if isinstance(item, (bytes, bytearray, os.PathLike)):
+        return {"type": "image", "data_url": images.data_url(images.load(item))}
+    return item
 
 
 class Serving:
@@ -161,7 +174,7 @@ class Model(Vocabulary):
         self._plugins: Plugins | None = None
         self._lock = threading.Lock()
 
-    def chat(self, input: str | list[dict], *, system_prompt: str | None = None,
+    def chat(self, input: "str | list[dict | str | bytes | Path]", *, system_prompt: str | None = None,
              stream: bool = False, temperature: float | None = None, top_p: float | None = None,
              top_k: int | None = None, min_p: float | None = None,
              repeat_penalty: float | None = None, max_output_tokens: int | None = None,
@@ -170,6 +183,8 @@ class Model(Vocabulary):
              integrations: list | None = None) -> "dict | Iterator[dict]":
         """The wire's `POST /api/v1/chat`: its response, or with `stream` its events one by one.
 
+        input: a text, or a list of the wire's items, in which a text may stand by itself, and a
+        path or bytes for an image, beside `{"type": "image", "data_url": ...}`.
         Closing the iterator stops the answer. None leaves a field out.
         Raises: TinychatError, for a bad field at once; in a stream later errors are events.
         """
@@ -201,9 +216,23 @@ class Model(Vocabulary):
 
         Raises: ContextOverflow; InvalidRequest for no ids, or ids outside the vocabulary.
         """
-        self._check_open()
-        with self.library.use(self.key) as loaded:
+        with self._loaded(Engine, "cannot write texts") as loaded:
             return loaded.engine.logits(list(ids))
+
+    def embed(self, texts: Iterable[str], *, normalize: bool = True) -> np.ndarray:
+        """float32 (n_texts, n_embd): a vector of each text, pooled as the file says.
+
+        normalize: to length 1. Raises: InvalidRequest for a model that is no embedding model or a
+        text without a token, ContextOverflow.
+        """
+        if isinstance(texts, str):
+            raise InvalidRequest("expected a list of texts, got one text", param="input")
+        with self._loaded(Embedder, "makes no vectors: it is no embedding model") as loaded:
+            vectors = loaded.engine.embed([loaded.tokenizer.encode_prompt(text) for text in texts])
+        if normalize:
+            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+            vectors = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+        return vectors
 
     def generate(self, ids: Iterable[int], *, max_tokens: int | None = None,
                  stop_ids: Iterable[int] | None = None, seed: int | None = None,
@@ -214,9 +243,8 @@ class Model(Vocabulary):
         top_p, top_k, min_p, repeat_penalty; the model's own settings where left out.
         Raises: ContextOverflow, InvalidRequest, at the first id.
         """
-        self._check_open()
         stops = self._tokenizer.eog_ids if stop_ids is None else frozenset(stop_ids)
-        with self.library.use(self.key) as loaded:
+        with self._loaded(Engine, "cannot write texts") as loaded:
             sequence = loaded.engine.submit(
                 list(ids), params=replace(loaded.defaults, **sampling), max_tokens=max_tokens,
                 stop_ids=stops, seed=seed)
@@ -242,6 +270,15 @@ class Model(Vocabulary):
 
     def __exit__(self, *exc_info):
         self.close()
+
+    @contextmanager
+    def _loaded(self, kind: type, otherwise: str) -> Iterator[LoadedModel]:
+        """The model, held, whose engine is of this kind. Raises: InvalidRequest."""
+        self._check_open()
+        with self.library.use(self.key) as loaded:
+            if not isinstance(loaded.engine, kind):
+                raise InvalidRequest(f"{self.key} {otherwise}", param="model")
+            yield loaded
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,7 +1,7 @@
 """What is checked before anything of a chat starts."""
 from tinychat.chat.settings import ChatSettings
 from tinychat.contract import ChatRequest, ImageItem
-from tinychat.errors import InvalidRequest, NotImplementedYet
+from tinychat.errors import InvalidRequest
 from tinychat.library import Library, ModelEntry
 from tinychat.store import Store, Turn
 
@@ -21,9 +21,6 @@ def find_model(library: Library, request: ChatRequest) -> ModelEntry:
     for position, item in enumerate(request.input):
         if isinstance(item, ImageItem) and not entry.capabilities["vision"]:
             raise InvalidRequest(f"{entry.key} cannot see images", param=f"input.{position}")
-        if isinstance(item, ImageItem):
-            raise NotImplementedYet("this build cannot read images yet",
-                                    param=f"input.{position}")
     return entry
 
 

@@ -31,8 +31,25 @@ def messages_of(turns: list[Turn], system_prompt: str | None, request: ChatReque
     return messages + [_user_message(request.input)]
 
 
+def images_of(turns: list[Turn], request: ChatRequest) -> list[ImageItem]:
+    """The images of the conversation, in the order in which `messages_of` has them."""
+    return [item for items in (*(turn.input for turn in turns), request.input) for item in items
+            if isinstance(item, ImageItem)]
+
+
 def _user_message(items: tuple[TextItem | ImageItem, ...]) -> dict:
-    return {"role": "user", "content": "\n".join(item.content for item in items)}
+    """Neighbouring texts are joined; with images among them the content is a list of parts."""
+    parts: list[dict] = []
+    for item in items:
+        if isinstance(item, ImageItem):
+            parts.append({"type": "image"})
+        elif parts and parts[-1]["type"] == "text":
+            parts[-1]["text"] += "\n" + item.content
+        else:
+            parts.append({"type": "text", "text": item.content})
+    if len(parts) == 1 and parts[0]["type"] == "text":
+        return {"role": "user", "content": parts[0]["text"]}
+    return {"role": "user", "content": parts}
 
 
 def _assistant_messages(output: Iterable[dict], ids: CallIds) -> Iterator[dict]:

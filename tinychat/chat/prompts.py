@@ -3,7 +3,9 @@ import logging
 from collections.abc import Callable
 
 from tinychat.chat.round import Prompt, Round
+from tinychat.engine.images import PlacedImage
 from tinychat.library import LoadedModel
+from tinychat.library.sight import Seen
 from tinychat.mcp.results import CallResult
 from tinychat.mcp.tools import text_for_model
 
@@ -17,11 +19,13 @@ class Prompts:
     """reasoning: the setting in force; asked: it is the request's own, not the model's default.
 
     definitions: the tools as functions, empty for none; schemas: by their names there.
+    seen: the chat's images, in order.
     """
 
     def __init__(self, model: LoadedModel, reasoning: str | None, asked: bool,
-                 definitions: list[dict], schemas: dict[str, dict]):
+                 definitions: list[dict], schemas: dict[str, dict], seen: list[Seen] = ()):
         self._model, self._definitions, self._schemas = model, definitions, schemas
+        self._seen = seen
         told = asked or reasoning in ("off", "on")  # an effort only when somebody wants it
         self._variables = model.template.switches.variables.get(reasoning, {}) if told else {}
         if definitions and log.isEnabledFor(logging.INFO):
@@ -33,17 +37,22 @@ class Prompts:
         return self._whole(messages, with_tools=True)
 
     def _whole(self, messages: list[dict], with_tools: bool) -> Prompt:
-        ids = self._model.template.encode(messages, self._model.tokenizer, self._tools(with_tools),
-                                          **self._variables)
-        return self._prompt(ids, messages, with_tools)
+        model = self._model
+        ids, runs = model.template.encode_seen(
+            messages, model.tokenizer, [one.layout() for one in self._seen],
+            self._tools(with_tools), model.sight.placeholder_id(model.tokenizer) if self._seen
+            else 0, **self._variables)
+        images = tuple(self._seen[image].placed(part, first) for image, part, first in runs)
+        return self._prompt(ids, messages, with_tools, images)
 
     def _tools(self, with_tools: bool) -> list[dict] | None:
         return self._definitions if with_tools and self._definitions else None
 
-    def _prompt(self, ids: list[int], messages: list[dict], with_tools: bool) -> Prompt:
+    def _prompt(self, ids: list[int], messages: list[dict], with_tools: bool,
+                images: tuple[PlacedImage, ...]) -> Prompt:
         prefill = self._model.template.prefill(messages, self._tools(with_tools),
                                                **self._variables)
-        return Prompt(ids, prefill, self._schemas if with_tools else {})
+        return Prompt(ids, prefill, self._schemas if with_tools else {}, images)
 
     def following(self, last: Round, messages: list[dict], news: list[dict],
                   with_tools: bool) -> Prompt:
@@ -58,7 +67,8 @@ class Prompts:
             tail = self._model.template.tail(messages, news, end, self._model.tokenizer,
                                              self._tools(True), **self._variables)
             if tail is not None:
-                return self._prompt([*last.prompt.ids, *last.generated, *tail], whole, True)
+                return self._prompt([*last.prompt.ids, *last.generated, *tail], whole, True,
+                                    last.prompt.images)
         return self._whole(whole, with_tools)
 
     def reader(self, last: Round, n_ctx: int, n_results: int) -> Callable[[CallResult], str]:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, TimeoutError as FutureTimeout
 from dataclasses import replace
 from typing import Any
 
-from tinychat.chat.history import CallIds, messages_of, round_messages
+from tinychat.chat.history import CallIds, images_of, messages_of, round_messages
 from tinychat.chat.prompts import Prompts
 from tinychat.chat.round import Prompt, Round
 from tinychat.chat.settings import ChatSettings
@@ -16,8 +16,9 @@ from tinychat.chat.toolbox import Toolbox
 from tinychat.contract import ChatRequest
 from tinychat.engine.sequence import (
     Finished, PromptDone, PromptProgress, PromptStarted, Token)
-from tinychat.errors import Overloaded, known
+from tinychat.errors import Overloaded, TinychatError, known
 from tinychat.library import Library, LoadedModel, ModelEntry
+from tinychat.library.sight import Seen
 from tinychat.mcp.results import CallResult
 from tinychat.mcp.tools import output_of
 from tinychat.output import Output, Stats
@@ -30,6 +31,7 @@ log = logging.getLogger("tinychat.chat")
 
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
 LEAST_CONTEXT = 2  # an engine has room for a prompt and an answer; a request may ask for less
+LOOK_SHARE, LOOK_WAIT_S = 0.5, 0.1  # of a prompt's progress; between two looks at it
 WAIT_S = 1.0  # how long one wait lasts when nobody asked for heartbeats
 
 
@@ -51,6 +53,7 @@ class Chat:
         self.model: LoadedModel | None = None       # held from acquire to release
         self.loading: Future[LoadedModel] | None = None
         self.round: Round | None = None
+        self.looked, self.progress = False, 0.0     # the prompt's start has been told; how far
         self.results: list[tuple[tuple[str, dict], CallResult]] = []  # of the round's calls
         self.began = time.perf_counter()
         self.ending = "cancelled"
@@ -60,14 +63,16 @@ class Chat:
             yield from self._away(lambda: self.tools.connect(self.request.integrations))
         self.ids = CallIds()
         self.messages = messages_of(self.turns, self.system_prompt, self.request, self.ids)
+        self.images = images_of(self.turns, self.request)
         self.model = self.library.try_acquire(self.entry, **self._wish())
-        if self.model:
-            self._first_round()
+        if self.model and not self.images:
+            self._first_round([])
         yield {"type": "chat.start", "model_instance_id": self.entry.key}
         try:
             if not self.model:
                 yield from self._load()
-                self._first_round()
+            if not self.round:
+                self._first_round((yield from self._look()))
             yield from self._generate()
             yield from self._away(self.tools.close)
             yield self._chat_end(self._save())
@@ -99,7 +104,7 @@ class Chat:
         if self.settings.stopping():
             raise Overloaded("the server is shutting down")
 
-    def _away(self, work: Callable[[], Any]) -> Iterator[None]:
+    def _away(self, work: Callable[[], Any], wait_s: float | None = None) -> Iterator[None]:
         """Does it on a helper thread, yields None while it waits, and returns its result."""
         done: Future = Future()
 
@@ -112,7 +117,7 @@ class Chat:
         threading.Thread(target=run, name="chat-helper", daemon=True).start()
         while True:
             try:
-                return done.result(timeout=self.wait_s)
+                return done.result(timeout=wait_s or self.wait_s)
             except FutureTimeout:
                 if done.done():  # it was the work's own
                     raise
@@ -165,9 +170,34 @@ class Chat:
         """A request with tools may have another round after each."""
         return bool(self.request.integrations)
 
-    def _first_round(self):
+    def _look(self) -> Iterator[dict | None]:
+        """Encodes the chat's images, the first part of processing its prompt; returns them."""
+        if not self.images:
+            return []
+        sight, urls = self.model.sight, [image.data_url for image in self.images]
+        if not sight.knows_all(urls):
+            self.looked = True
+            self.stats.begin_prompt(time.perf_counter())
+            yield {"type": "prompt_processing.start"}
+        part = 0.0
+
+        def report(now: float):
+            nonlocal part
+            part = now
+            if self.called_off.is_set():
+                raise TinychatError("nobody waits for this image any more")
+        work = self._away(lambda: sight.see_all(urls, report), LOOK_WAIT_S)
+        while True:
+            try:
+                next(work)
+            except StopIteration as end:
+                return end.value
+            yield from self._tell_progress(LOOK_SHARE * part)
+            yield None
+
+    def _first_round(self, seen: list[Seen]):
         self.prompts = Prompts(self.model, self.reasoning, bool(self.request.reasoning),
-                               self.tools.definitions, self.tools.schemas)
+                               self.tools.definitions, self.tools.schemas, seen)
         self._begin(self.prompts.first(self.messages))
         self.stats.n_input = len(self.round.prompt.ids)
 
@@ -207,17 +237,19 @@ class Chat:
         yield from self.output.finish()
 
     def _one_round(self) -> Iterator[dict | None]:
-        progress, self.results = 0.0, []
+        self.results = []
         self.n_items = len(self.output.items)
         for update in self.round.updates():
             match update:
-                case PromptStarted():
+                case PromptStarted() if not self.looked:
+                    self.progress = 0.0
                     self.stats.begin_prompt(self.round.sequence.t_started)
                     yield {"type": "prompt_processing.start"}
                 case PromptProgress(done, total):
-                    progress = max(progress, done / total)
-                    yield {"type": "prompt_processing.progress", "progress": progress}
+                    share = LOOK_SHARE if self.looked else 0.0
+                    yield from self._tell_progress(share + (1 - share) * done / total)
                 case PromptDone(t):
+                    self.looked = False
                     sequence = self.round.sequence
                     self.stats.end_prompt(t, sequence.n_prompt - sequence.n_cached)
                     yield {"type": "prompt_processing.end"}
@@ -233,6 +265,11 @@ class Chat:
         if self.reasoning != "off":
             self.stats.n_reasoning += self.round.n_reasoning
         self.stats.n_cached += self.round.sequence.n_cached
+
+    def _tell_progress(self, progress: float) -> Iterator[dict]:
+        if progress > self.progress:
+            self.progress = progress
+            yield {"type": "prompt_processing.progress", "progress": progress}
 
     def _show(self, events: list[Event]) -> Iterator[dict | None]:
         for event in events:

@@ -2,6 +2,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from tinychat.engine.images import PlacedImage
 from tinychat.engine.sequence import Sequence, Update
 from tinychat.errors import TinychatError
 from tinychat.library import LoadedModel
@@ -14,12 +15,14 @@ from tinychat.text.reply.parse import parser_for
 class Prompt:
     """ids: the whole of it. prefill: the text at its end that belongs to the assistant's turn.
 
-    schemas: the inputSchema of each offered tool by the name in the prompt.
+    schemas: the inputSchema of each offered tool by the name in the prompt. images: what is seen
+    in it.
     """
 
     ids: list[int]
     prefill: str
     schemas: dict[str, dict] = field(default_factory=dict)
+    images: tuple[PlacedImage, ...] = ()
 
 
 class Round:
@@ -39,7 +42,7 @@ class Round:
         self.reason = ""                   # why it ended: stop, length, context
         self.stopped_early = False         # a text ended the turn, not a token
         self.sequence: Sequence = model.engine.submit(
-            prompt.ids, stop_ids=model.tokenizer.stop_ids, **submit)
+            prompt.ids, stop_ids=model.tokenizer.stop_ids, images=prompt.images, **submit)
 
     def updates(self) -> Iterator[Update | None]:
         """The engine's updates; None after each wait in which none came."""

@@ -88,6 +88,8 @@ def _serve_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _chat_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--system", metavar="TEXT", help="the system prompt")
+    sub.add_argument("--image", metavar="FILE", action="append", default=[],
+                     help="an image that the first message shows; may be given more than once")
     sub.add_argument("--temperature", type=float, metavar="NUMBER",
                      help="0 always takes the likeliest token")
     sub.add_argument("--max-output-tokens", type=count, metavar="COUNT")

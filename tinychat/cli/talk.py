@@ -3,6 +3,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+from tinychat import images
 from tinychat.cli.commands import fetched, load_shown
 from tinychat.cli.settings import decide
 from tinychat.cli.terminal import one_line, printable, say
@@ -11,6 +12,7 @@ from tinychat.errors import ModelNotFound, TinychatError
 HELP = """\
 /help           this list
 /clear          forget the conversation
+/image FILE     the next message shows this image, after those named before
 /system TEXT    the system prompt from now on; without a text: none
 /exit           leave, as Ctrl-D does
 Ctrl-C stops an answer; what was stopped is not part of the conversation."""
@@ -30,6 +32,8 @@ def chat(args) -> int:
         load_shown(library, key)
         talk = Talk(library, store, key, system=args.system, temperature=args.temperature,
                     max_output_tokens=args.max_output_tokens)
+        for path in args.image:
+            talk.take_image(path)
         if text:
             return 0 if talk.answer(text) else 1
         talk.converse()
@@ -59,6 +63,13 @@ class Talk:
         self.library, self.store, self.key = library, store, key
         self.fields = {"system_prompt": system, **fields}
         self.last_id: str | None = None
+        self.images: list[str] = []  # data URLs that go with the next message
+
+    def take_image(self, path: str) -> None:
+        """Raises: InvalidRequest for what is no image."""
+        data = images.load(Path(path).expanduser())
+        images.decode(data)
+        self.images.append(images.data_url(data))
 
     def converse(self) -> None:
         """Read lines until the end of input or /exit."""
@@ -95,8 +106,15 @@ class Talk:
         if word == "/help":
             say(HELP)
         elif word == "/clear":
-            self.last_id = None
+            self.last_id, self.images = None, []
             say("the conversation is forgotten")
+        elif word == "/image":
+            try:
+                self.take_image(text.strip())
+                say(f"{len(self.images)} images go with the next message" if self.images[1:]
+                    else "the image goes with the next message")
+            except TinychatError as error:
+                say(f"tinychat: {one_line(error)}")
         elif word == "/system":
             self.fields["system_prompt"] = text.strip()
             say("system prompt set" if text.strip() else "no system prompt")
@@ -110,13 +128,14 @@ class Talk:
 
         screen = Screen()
         try:
-            request = chat_request(model=self.key, input=text, previous_response_id=self.last_id,
-                                   **self.fields)
+            seen = [{"type": "image", "data_url": url} for url in self.images]
+            request = chat_request(model=self.key, input=[*seen, text] if seen else text,
+                                   previous_response_id=self.last_id, **self.fields)
             with closing(run(self.library, self.store, request)) as events:
                 for event in events:
                     screen.show(event)
             if screen.error is None:
-                self.last_id = screen.result["response_id"]
+                self.last_id, self.images = screen.result["response_id"], []
                 return True
             say(f"tinychat: {one_line(screen.error)}")
         except TinychatError as error:

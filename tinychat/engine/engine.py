@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinychat.engine.images import PlacedImage, check_images
 from tinychat.engine.sampler import Guide, Sampler, SamplingParams
 from tinychat.engine.sequence import Finished, Sequence
 from tinychat.engine.stepper import Stepper
@@ -55,6 +56,7 @@ class Engine:
         self._n_vocab = executor.program.n_vocab
         self._queue_limit = queue_limit
         self._stepper = Stepper(executor, n_ctx=n_ctx, parallel=parallel, chunk=chunk)
+        self._most_whole = executor.limits.max_tokens - parallel  # what each step has room for
         self._wake = threading.Condition()        # guards what follows
         self._waiting: deque[Sequence] = deque()  # in order of arrival
         self._jobs: deque[tuple[Sequence, Future]] = deque()  # calls of logits()
@@ -70,10 +72,12 @@ class Engine:
     def submit(self, ids: list[int], *, params: SamplingParams = SamplingParams(),
                max_tokens: int | None = None, stop_ids: frozenset[int] = frozenset(),
                n_ctx: int | None = None, seed: int | None = None, guide: Guide | None = None,
+               images: tuple[PlacedImage, ...] = (),
                on_finish: Callable[[], None] = lambda: None) -> Sequence:
         """Queue a prompt. n_ctx limits this sequence further; max_tokens None: to the end of n_ctx.
 
-        guide: judges each token on the engine's thread.
+        guide: judges each token on the engine's thread. images: what is seen in the prompt, in
+        order; the ids in their places are only counted.
         on_finish: called once, when the engine has done with it, however slowly its updates are
         read; by any thread, with locks held: it must be short.
         Raises: ContextOverflow when the prompt leaves no room for a token; InvalidRequest when it
@@ -85,8 +89,9 @@ class Engine:
         if max_tokens is not None and max_tokens < 1:
             raise InvalidRequest(f"expected max_tokens of at least 1, got {max_tokens}",
                                  param="max_tokens")
+        check_images(images, len(ids), self._stepper.executor.program, self._most_whole)
         seq = Sequence(ids, sampler=Sampler(params, seed, guide), max_tokens=max_tokens,
-                       stop_ids=stop_ids, n_ctx=n_ctx, on_finish=on_finish)
+                       stop_ids=stop_ids, n_ctx=n_ctx, images=images, on_finish=on_finish)
         with self._wake:
             self._check_open()
             n_present = len(self._waiting) + len(self._stepper.running)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinychat.engine.images import PlacedImage, axes_of, both_ways, keys_of
 from tinychat.engine.kv_cache import Lease
 from tinychat.engine.sampler import Sampler
 from tinychat.errors import TinychatError
@@ -55,11 +56,12 @@ class Sequence:
     """The submitter reads `id`, `n_prompt`, `n_cached` (final at PromptDone) and `updates()`.
 
     The rest belongs to the engine. The tokens are `ids[:n_tokens]`, prompt first; keys and values
-    of the first `n_done` are computed. There will never be more than len(ids) tokens.
+    of the first `n_done` are computed. There will never be more than len(ids) tokens. In `keys` the
+    tokens of images are told apart by what was seen.
     """
 
     def __init__(self, prompt: np.ndarray, *, sampler: Sampler, max_tokens: int | None,
-                 stop_ids: frozenset[int], n_ctx: int,
+                 stop_ids: frozenset[int], n_ctx: int, images: tuple[PlacedImage, ...] = (),
                  on_finish: Callable[[], None] = lambda: None):
         self.id = next(_ids)
         self.n_prompt = len(prompt)
@@ -72,6 +74,14 @@ class Sequence:
             limit, self.full_reason = self.n_prompt + max_tokens, "length"
         self.ids = np.empty(limit, np.int32)
         self.ids[:self.n_prompt] = prompt
+        self.images = images
+        self.whole = both_ways(images)   # runs of tokens that no step may cut
+        self.keys = self.ids             # what prompts are compared by
+        self._axes: np.ndarray | None = None
+        self._next_turn = 0
+        if images:
+            self.keys = np.empty(limit, np.int32)
+            self.keys[:self.n_prompt] = keys_of(prompt, images)
         self.n_tokens = self.n_prompt
         self.n_done = 0
         self.cancelled = False
@@ -96,12 +106,22 @@ class Sequence:
         """Only the token sampled last is pending."""
         return self.n_tokens > self.n_prompt and self.n_tokens - self.n_done == 1
 
+    def turns(self, begin: int, n: int, n_axes: int) -> np.ndarray:
+        """What ropes turn tokens begin … begin+n-1 by: int32 (n, n_axes)."""
+        if self._axes is None:
+            self._axes, self._next_turn = axes_of(self.n_prompt, self.images, n_axes)
+        behind = begin + np.arange(n, dtype=np.int32) - self.n_prompt + self._next_turn
+        out = np.repeat(behind[:, None], n_axes, 1)
+        of_prompt = self._axes[begin:begin + n]
+        out[:len(of_prompt)] = of_prompt
+        return out
+
     def recent_ids(self) -> np.ndarray:
         return self.ids[max(0, self.n_tokens - self.sampler.params.repeat_last_n):self.n_tokens]
 
     def append(self, id: int) -> str | None:
         """Add a sampled token; returns the reason when it is the last."""
-        self.ids[self.n_tokens] = id
+        self.ids[self.n_tokens] = self.keys[self.n_tokens] = id
         self.n_tokens += 1
         if id in self.stop_ids:
             return "stop"

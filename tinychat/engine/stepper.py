@@ -9,9 +9,11 @@ from collections.abc import Callable
 import numpy as np
 
 from tinychat.engine.kv_cache import KVCache
-from tinychat.engine.scheduler import StepArrays, Work, plan_step
+from tinychat.engine.scheduler import StepArrays, Work, next_cut, plan_step
 from tinychat.engine.sequence import (
     Finished, PromptDone, PromptProgress, PromptStarted, Sequence, Token)
+from tinychat.engine.snapshots import Snapshots
+from tinychat.engine.window_pages import WindowPages, n_window_pages_for
 from tinychat.errors import InvalidRequest, TinychatError
 from tinychat.ops.program import PAGE_TOKENS
 
@@ -35,11 +37,13 @@ class Stepper:
     def __init__(self, executor, *, n_ctx: int, parallel: int, chunk: int):
         _check_limits(executor, n_ctx=n_ctx, parallel=parallel, chunk=chunk)
         self.executor = executor
-        self.cache = KVCache(executor.limits.n_pages)
+        self.cache = _make_cache(executor, parallel + 1)
         self.running: list[Sequence] = []
         self.n_prefilled = self.n_reused = self.n_generated = self.n_steps = self.n_preempted = 0
         self._chunk = min(chunk, executor.limits.max_tokens)
-        self._arrays = StepArrays(max_tokens=executor.limits.max_tokens, n_slots=parallel + 1, n_ctx=n_ctx)
+        self._has_states = bool(executor.program.states)
+        self._arrays = StepArrays(executor.program, max_tokens=executor.limits.max_tokens,
+                                  n_slots=parallel + 1, n_ctx=n_ctx)
         self._free_slots = list(range(parallel))
         self._spare_slot = parallel  # for logits()
 
@@ -48,11 +52,11 @@ class Stepper:
         if not self._free_slots:
             return False
         n_positions = min(seq.n_tokens + PROMISED_TOKENS, len(seq.ids) - 1)  # the last has no keys
-        opened = self.cache.open(self._arrays.pages[self._free_slots[-1]],
-                                 seq.ids[:seq.n_tokens], n_positions)
-        if opened is None:
+        lease = self._arrays.lease(self._free_slots[-1], seq.whole)
+        n_done = self.cache.open(lease, seq.keys[:seq.n_tokens], n_positions)
+        if n_done is None:
             return False
-        seq.lease, seq.n_done = opened
+        seq.lease, seq.n_done = lease, n_done
         seq.slot = self._free_slots.pop()
         self.running.append(seq)
         if not seq.preempted:
@@ -74,7 +78,8 @@ class Stepper:
         for seq in self.running:
             if not seq.generating:
                 self._reuse_more(seq)
-        work = plan_step(self.running, max_tokens=self.executor.limits.max_tokens, chunk=self._chunk)
+        work = plan_step(self.running, max_tokens=self.executor.limits.max_tokens, chunk=self._chunk,
+                         cuts=self._has_states)
         preempted = []
         for seq, n in work:
             while seq.lease and not self.cache.grow(seq.lease, seq.n_done + n):
@@ -98,29 +103,30 @@ class Stepper:
         between_steps: called before each step; may raise.
         """
         seq.slot = self._spare_slot
-        opened = self.cache.open(self._arrays.pages[seq.slot], seq.ids, seq.n_prompt, reuse=False)
-        if opened is None:
+        lease = self._arrays.lease(seq.slot)
+        if self.cache.open(lease, seq.keys, seq.n_prompt, reuse=False) is None:
             return None
-        seq.lease, seq.n_done = opened
+        seq.lease = lease
         try:
-            self.cache.grow(seq.lease, seq.n_prompt)
             return self._all_logits(seq, between_steps)
         finally:
-            self.cache.close(seq.lease, seq.ids, seq.n_done, keep=False)
+            self.cache.close(seq.lease, seq.keys, seq.n_done, keep=False)
 
     def _all_logits(self, seq: Sequence, between_steps: Callable[[], None]) -> np.ndarray:
         out = np.empty((seq.n_prompt, self.executor.program.n_vocab), np.float32)
         while seq.n_pending:
             between_steps()
             n = min(seq.n_pending, self._chunk, self.executor.limits.max_outputs)
+            self.cache.grow(seq.lease, seq.n_done + n)
             batch = self._arrays.fill([(seq, n)], all_rows=True)
             out[seq.n_done:seq.n_done + n] = self.executor.step(batch)
             seq.n_done += n
+            self.cache.file(seq.lease, seq.keys, seq.n_done)
         return out
 
     def _reuse_more(self, seq: Sequence) -> None:
         """Skip what a sequence with the same beginning has computed since this one was started."""
-        n_done = self.cache.extend(seq.lease, seq.ids[:seq.n_tokens], seq.n_done)
+        n_done = self.cache.extend(seq.lease, seq.keys[:seq.n_tokens], seq.n_done)
         if not seq.preempted:
             seq.n_cached += n_done - seq.n_done
         seq.n_done = n_done
@@ -135,7 +141,7 @@ class Stepper:
 
     def _stop(self, seq: Sequence, *, keep: bool) -> None:
         self.running.remove(seq)
-        self.cache.close(seq.lease, seq.ids, seq.n_done, keep=keep)
+        self.cache.close(seq.lease, seq.keys, seq.n_done, keep=keep)
         self._free_slots.append(seq.slot)
         seq.lease, seq.slot = None, -1
 
@@ -144,9 +150,11 @@ class Stepper:
         was_generating = seq.generating
         seq.n_done += n
         if seq.n_done % PAGE_TOKENS < n:  # a page is full
-            self.cache.file(seq.lease, seq.ids, seq.n_done)
+            self.cache.file(seq.lease, seq.keys, seq.n_done)
         if was_generating:
             return True
+        if self._has_states and seq.n_done == next_cut(seq.n_done - n, seq.n_tokens):
+            self.cache.snapshot(seq.lease)
         self.n_prefilled += n
         if not seq.n_generated:
             self._tell_progress(seq, now)
@@ -173,12 +181,28 @@ class Stepper:
             self.end(seq, reason)
 
 
+def _make_cache(executor, n_slots: int) -> KVCache:
+    """The states of running sequences are in the places of their slots, snapshots in the others."""
+    program, limits = executor.program, executor.limits
+    window = WindowPages(limits.n_window_pages, program.window) if program.window else None
+    snapshots = Snapshots(range(n_slots, limits.n_states), executor.copy_state) \
+        if program.states else None
+    return KVCache(limits.n_pages, window, snapshots)
+
+
 def _check_limits(executor, *, n_ctx: int, parallel: int, chunk: int) -> None:
-    n_positions = executor.limits.n_pages * PAGE_TOKENS
+    limits, window = executor.limits, executor.program.window
+    n_positions = limits.n_pages * PAGE_TOKENS
     if not 1 < n_ctx <= n_positions:
         raise InvalidRequest(f"expected a context length from 2 to {n_positions}, which the KV "
                              f"pages hold, got {n_ctx}", param="context_length")
-    most = min(executor.limits.max_tokens, executor.limits.max_outputs, executor.limits.max_sequences - 1)
+    most = min(limits.max_tokens, limits.max_outputs, limits.max_sequences - 1)
+    if executor.program.states:
+        most = min(most, limits.n_states - 1)
+    if window and limits.n_window_pages < n_window_pages_for(
+            window, n_sequences=parallel + 1, max_tokens=limits.max_tokens):
+        raise InvalidRequest(f"{limits.n_window_pages} window pages are too few for windows of "
+                             f"{window} tokens", param="parallel")
     if not 1 <= parallel <= most:
         raise InvalidRequest(f"expected from 1 to {most} parallel requests, got {parallel}",
                              param="parallel")

@@ -6,12 +6,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from tinychat.engine.embedder import POOLINGS, USABLE, Embedder, n_embedder_pages
 from tinychat.engine.engine import Engine
 from tinychat.engine.sampler import SamplingParams
 from tinychat.errors import InvalidRequest, ModelFileError, ModelLoadError, TinychatError
 from tinychat.gguf_file import GGUFFile, open_gguf
 from tinychat.library.entry import ModelEntry
 from tinychat.library.memory import MemoryPlan, available_memory, plan_memory
+from tinychat.library.sight import Sight
 from tinychat.models import build_program
 from tinychat.ops import open_executor, why_reference
 from tinychat.ops.program import Program
@@ -20,6 +22,7 @@ from tinychat.text.prompt.template import ChatTemplate
 from tinychat.text.tokenizer import Tokenizer
 
 CHUNK = 512  # tokens of one prefill step
+LARGE_IMAGE = 1024  # tokens of one that see one another
 MIN_SLOTS = 64
 MIN_CONTEXT = 2  # a prompt token and an answer's
 SAMPLING_KEYS = {  # a model's own generation settings: ours, and where the file keeps them
@@ -42,9 +45,11 @@ class LoadSettings:
     threads: int | None = None
     eval_batch_size: int = CHUNK
 
-    def step_tokens(self, n_ctx: int) -> int:
-        """The most of one step: a chunk of prompts, or a token of each running request."""
-        return max(min(self.eval_batch_size, n_ctx), self.parallel)
+    def step_tokens(self, n_ctx: int, program: Program) -> int:
+        """The most of one step: a chunk of prompts, or a token of each running request; where
+        images must not be cut there is room for a large one."""
+        n = max(min(self.eval_batch_size, n_ctx), self.parallel)
+        return max(n, min(LARGE_IMAGE, n_ctx) + self.parallel) if program.n_spans else n
 
 
 @dataclass(eq=False)
@@ -58,7 +63,7 @@ class LoadedModel:
     file: GGUFFile
     program: Program
     executor: object
-    engine: Engine
+    engine: Engine | Embedder
     tokenizer: Tokenizer
     template: ChatTemplate
     context_length: int
@@ -66,6 +71,7 @@ class LoadedModel:
     memory: MemoryPlan
     settings: LoadSettings
     load_time_seconds: float
+    sight: Sight | None = None
     n_users: int = 0
     on_demand: bool = False
     ttl_s: float | None = None
@@ -92,6 +98,8 @@ class LoadedModel:
 
     def close(self, error: TinychatError | None = None) -> None:
         """End what runs with `error` and give the memory back."""
+        if self.sight:
+            self.sight.close()
         if self.engine.close(error):  # else a step is inside the executor: its memory must stay
             self.executor.close()
             self.file.close()
@@ -113,7 +121,8 @@ def check(entry: ModelEntry, n_ctx: int, settings: LoadSettings, freed_bytes: in
     freed_bytes: what will be given back before the load.
     """
     with _told_of(entry), open_gguf(entry.path) as file:
-        plan(build_program(file), max(n_ctx, MIN_CONTEXT), settings, freed_bytes)
+        n_ctx = max(n_ctx, MIN_CONTEXT)
+        plan(_program(entry, file, n_ctx), entry, n_ctx, settings, freed_bytes)
 
 
 @contextmanager
@@ -135,27 +144,62 @@ def _open_model(entry, n_ctx, settings, report) -> LoadedModel:
     with ExitStack() as undo:
         file = undo.enter_context(open_gguf(entry.path))
         report(0.05)
-        program = build_program(file)
+        program = _program(entry, file, n_ctx)
         tokenizer = Tokenizer.from_metadata(file.metadata)
         _check_vocabulary(file, program, tokenizer)
         template = ChatTemplate.from_metadata(file.metadata, tokenizer)
+        sight = None
+        if entry.mmproj:
+            sight = Sight(entry, program, threads=settings.threads)
+            undo.callback(sight.close)
         report(0.3)
-        memory = plan(program, n_ctx, settings)
-        executor = open_executor(program, n_pages=memory.n_pages,
-                                 max_tokens=settings.step_tokens(n_ctx),
-                                 max_outputs=max(MIN_SLOTS, settings.parallel),
-                                 max_sequences=max(MIN_SLOTS, settings.parallel + 1),
-                                 kv_type=settings.kv_type, threads=settings.threads)
-        undo.callback(executor.close)
-        engine = Engine(executor, n_ctx=n_ctx, parallel=settings.parallel,
-                        queue_limit=settings.queue_limit, 
-                        chunk=min(settings.eval_batch_size, n_ctx))
-        undo.callback(engine.close)
+        memory = plan(program, entry, n_ctx, settings)
+        is_llm = entry.type == "llm"
+        run = _engine if is_llm else _embedder
+        executor, engine = run(undo, entry, file, program, n_ctx, settings, memory)
         report(1.0)
         undo.pop_all()
     return LoadedModel(entry, file, program, executor, engine, tokenizer, template, n_ctx,
                        sampling_defaults(file.metadata), memory, settings,
-                       time.perf_counter() - start)
+                       time.perf_counter() - start, sight)
+
+
+def _program(entry: ModelEntry, file: GGUFFile, n_ctx: int) -> Program:
+    return build_program(file, n_ctx=n_ctx, hidden=entry.type != "llm", sees=bool(entry.mmproj))
+
+
+def _engine(undo: ExitStack, entry, file, program, n_ctx, settings, memory):
+    executor = open_executor(
+        program, n_pages=memory.n_pages, n_window_pages=memory.n_window_pages,
+        n_states=memory.n_states, max_tokens=settings.step_tokens(n_ctx, program),
+        max_outputs=max(MIN_SLOTS, settings.parallel),
+        max_sequences=max(MIN_SLOTS, settings.parallel + 1),
+        kv_type=settings.kv_type, threads=settings.threads)
+    undo.callback(executor.close)
+    engine = Engine(executor, n_ctx=n_ctx, parallel=settings.parallel,
+                    queue_limit=settings.queue_limit, chunk=min(settings.eval_batch_size, n_ctx))
+    undo.callback(engine.close)
+    return executor, engine
+
+
+def _embedder(undo: ExitStack, entry, file, program, n_ctx, settings, memory):
+    executor = open_executor(
+        program, n_pages=n_embedder_pages(n_ctx, MIN_SLOTS), n_window_pages=None,
+        n_states=MIN_SLOTS, max_tokens=n_ctx, max_outputs=n_ctx, max_sequences=MIN_SLOTS,
+        kv_type="f32", threads=settings.threads)
+    undo.callback(executor.close)
+    return executor, Embedder(executor, _pooling(file))
+
+
+def _pooling(file: GGUFFile) -> str:
+    """Raises: ModelFileError for one that makes no vector of a text."""
+    key = f"{file.architecture}.pooling_type"
+    number = file.metadata.get(key)
+    name = POOLINGS[number] if type(number) is int and 0 <= number < len(POOLINGS) else None
+    if name not in USABLE:
+        raise ModelFileError(f"metadata key {key}: expected the number of a pooling, "
+                             f"{', '.join(USABLE)}, got {name or repr(number)}")
+    return name
 
 
 def _check_vocabulary(file: GGUFFile, program: Program, tokenizer: Tokenizer) -> None:
@@ -165,12 +209,15 @@ def _check_vocabulary(file: GGUFFile, program: Program, tokenizer: Tokenizer) ->
                              f"but token_embd.weight {program.n_vocab} rows")
 
 
-def plan(program: Program, n_ctx: int, settings: LoadSettings, freed_bytes: int = 0) -> MemoryPlan:
+def plan(program: Program, entry: ModelEntry, n_ctx: int, settings: LoadSettings,
+         freed_bytes: int = 0) -> MemoryPlan:
     """`freed_bytes`: what will be given back before the load. Raises: ModelLoadError."""
     available = available_memory()
-    return plan_memory(program, n_ctx=n_ctx, parallel=settings.parallel,
-                       max_tokens=settings.step_tokens(n_ctx),
-                       kv_type=settings.kv_type, dequantized=why_reference() is not None,
+    is_llm = entry.type == "llm"
+    return plan_memory(program, n_ctx=n_ctx, parallel=settings.parallel if is_llm else 1,
+                       max_tokens=settings.step_tokens(n_ctx, program) if is_llm else n_ctx,
+                       kv_type=settings.kv_type if is_llm else "f32",
+                       extra_bytes=entry.mmproj.stat().st_size if entry.mmproj else 0, dequantized=why_reference() is not None,
                        available=None if available is None else available + freed_bytes)
 
 

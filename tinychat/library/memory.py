@@ -1,12 +1,14 @@
 """How much memory a model will take, and whether the machine has it: known before the load."""
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tinychat.engine.window_pages import n_window_pages_for
 from tinychat.errors import ModelLoadError
 from tinychat.ops.program import PAGE_TOKENS, Program, plan_slots
 
 KV_BYTES = {"f16": 2, "f32": 4}
+SNAPSHOTS = 2         # of recurrent states that are kept for each request that may run
 HEADROOM = 0.95       # share of the available memory that a load may plan for
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO, PROC_CGROUP = Path("/proc/meminfo"), Path("/proc/self/cgroup")
@@ -14,51 +16,79 @@ MEMINFO, PROC_CGROUP = Path("/proc/meminfo"), Path("/proc/self/cgroup")
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes, but for n_pages: pages of PAGE_TOKENS positions in the KV pool."""
+    """Bytes and numbers. n_pages: of PAGE_TOKENS positions each, for the layers that see all of
+    them; n_window_pages: for those with a reach; n_states: places for recurrent states."""
 
     weight_bytes: int
     buffer_bytes: int
     page_bytes: int
     n_pages: int
+    window_page_bytes: int = 0
+    n_window_pages: int = 0
+    state_bytes: int = 0
+    n_states: int = 0
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the KV pages."""
+        return (self.weight_bytes + self.buffer_bytes + self.n_states * self.state_bytes
+                + self.n_window_pages * self.window_page_bytes)
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.buffer_bytes + self.n_pages * self.page_bytes
+        return self.fixed_bytes + self.n_pages * self.page_bytes
 
 
 def plan_memory(program: Program, *, n_ctx: int, parallel: int, max_tokens: int,
-                kv_type: str = "f16", dequantized: bool = False,
+                kv_type: str = "f16", dequantized: bool = False, extra_bytes: int = 0,
                 available: int | None = None) -> MemoryPlan:
     """A KV pool in which `parallel` sequences of `n_ctx` tokens fit, or what memory allows.
 
     The pool never has fewer pages than one full context: with less the load is refused. Sequences
     that do not fit at the same time wait for pages; they are never dropped.
-    dequantized: weights become float32 (the reference executor).
+    dequantized: weights become float32 (the reference executor). extra_bytes: taken besides.
     available: bytes that may be used; None when the machine does not tell.
     Raises: ModelLoadError with both figures.
     """
     weights = program.weights()
-    weight_bytes = sum(4 * math.prod(w.shape) if dequantized else w.n_bytes for w in weights)
-    buffer_bytes = 4 * max_tokens * sum(plan_slots(program)[1])
-    page_bytes = PAGE_TOKENS * kv_bytes_per_token(program, kv_type)
     least = math.ceil(n_ctx / PAGE_TOKENS)
-    n_pages = least * parallel
-    if available is not None:
-        left = int(available * HEADROOM) - weight_bytes - buffer_bytes
-        if left < least * page_bytes:
-            needed = weight_bytes + buffer_bytes + least * page_bytes
-            raise ModelLoadError(
-                f"the model needs {gigabytes(needed)} of memory (weights "
-                f"{gigabytes(weight_bytes)}, buffers {gigabytes(buffer_bytes)}, {n_ctx} tokens of "
-                f"context {gigabytes(least * page_bytes)}), but only {gigabytes(available)} are "
-                "available",
-                param="model")
-        n_pages = min(n_pages, left // page_bytes) if page_bytes else n_pages
-    return MemoryPlan(weight_bytes, buffer_bytes, page_bytes, n_pages)
+    plan = MemoryPlan(
+        weight_bytes=extra_bytes + sum(4 * math.prod(w.shape) if dequantized else w.n_bytes
+                                       for w in weights),
+        buffer_bytes=4 * max_tokens * sum(plan_slots(program)[1]),
+        page_bytes=PAGE_TOKENS * kv_bytes_per_token(program, kv_type, with_reach=False),
+        n_pages=least * parallel,
+        window_page_bytes=PAGE_TOKENS * kv_bytes_per_token(program, kv_type, with_reach=True),
+        n_window_pages=_window_pages(program, n_ctx, parallel, max_tokens),
+        state_bytes=4 * sum(program.states),
+        n_states=1 + (1 + SNAPSHOTS) * parallel if program.states else 0)
+    if available is None:
+        return plan
+    left = int(available * HEADROOM) - plan.fixed_bytes
+    if left < least * plan.page_bytes:
+        context = least * plan.page_bytes + plan.n_window_pages * plan.window_page_bytes
+        raise ModelLoadError(
+            f"the model needs {gigabytes(plan.fixed_bytes + least * plan.page_bytes)} of memory "
+            f"(weights {gigabytes(plan.weight_bytes)}, buffers {gigabytes(plan.buffer_bytes)}, "
+            f"{n_ctx} tokens of context {gigabytes(context)}, recurrent states "
+            f"{gigabytes(plan.n_states * plan.state_bytes)}), but only {gigabytes(available)} are "
+            "available", param="model")
+    return replace(plan, n_pages=min(plan.n_pages, left // plan.page_bytes)
+                   if plan.page_bytes else plan.n_pages)
 
 
-def kv_bytes_per_token(program: Program, kv_type: str) -> int:
-    n_values = sum(h.n_head_kv * (h.key_length + h.value_length) for h in program.kv)
+def _window_pages(program: Program, n_ctx: int, parallel: int, max_tokens: int) -> int:
+    """Those that may be needed at once, and as much again for chats that are idle."""
+    if not program.window:
+        return 0
+    needed = n_window_pages_for(program.window, n_sequences=parallel + 1, max_tokens=max_tokens)
+    return max(needed, min(2 * needed, parallel * math.ceil(n_ctx / PAGE_TOKENS)))
+
+
+def kv_bytes_per_token(program: Program, kv_type: str, with_reach: bool | None = None) -> int:
+    """Of all layers, or of those with or without a reach."""
+    n_values = sum(h.n_head_kv * (h.key_length + h.value_length) for h in program.kv
+                   if with_reach is None or with_reach == (h.reach > 0))
     return KV_BYTES[kv_type] * n_values
 
 

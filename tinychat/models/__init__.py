@@ -3,26 +3,97 @@ from functools import partial
 
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import GGUFFile
-from tinychat.models import llama
-from tinychat.models.config import ModelConfig
-from tinychat.models.layers import Weights
+from tinychat.models import deepseek2, llama, recurrent
+from tinychat.models.config import ModelConfig, Use
+from tinychat.models.experts import Experts
+from tinychat.models.llama import Family
+from tinychat.models.weights import Weights
 from tinychat.ops.program import Program
 from tinychat.ops.recorder import Recorder
 
 __all__ = ["ARCHITECTURES", "ModelConfig", "build_program"]
 
-# GGUF name: describe(g, weights, config) -> logits, with what the file itself does not say
+_GEMMA3 = Family(norms="around", activation="gelu", window_period=6, local_base=10000.0, local_is_scaled=False,
+                 root_scaled=True, wide_head_layers=62, both_ways=True)
+_LATENT = Family(rope="adjacent", mixer=deepseek2.latent_attention,
+                 experts=Experts(normalise=False))
+
+# GGUF name: what the files of a family do not say themselves
+FAMILIES = {
+    "arcee": Family(rope="adjacent", activation="relu2"),
+    "bert": Family(norms="added", activation="gelu_erf"),
+    "chatglm": Family(rope="adjacent"),
+    "cohere2": Family(norms="beside", rope="adjacent", window_period=4, local_rope_only=True,
+                      multiplied_logits=True),
+    "command-r": Family(norms="beside", rope="adjacent", multiplied_logits=True),
+    "ernie4_5": Family(rope="adjacent"),
+    "exaone": Family(),
+    "exaone4": Family(norms="after", window_period=4, local_rope_only=True),
+    "falcon": Family(norms="beside", activation="gelu_erf"),
+    "gemma": Family(activation="gelu", root_scaled=True),
+    "gemma-embedding": _GEMMA3,
+    "gemma2": Family(norms="around", activation="gelu", window_period=2, default_window=4096,
+                     root_scaled=True, wide_head_layers=46),
+    "gemma3": _GEMMA3,
+    "glm4": Family(norms="around", rope="adjacent"),
+    "glm4moe": Family(ffn_norm="post_attention_norm", experts=Experts("sigmoid")),
+    "gpt-oss": Family(ffn_norm="post_attention_norm", window_period=2,
+                      experts=Experts("chosen", activation="silu_clamped")),
+    "gpt2": Family(activation="gelu"),
+    "gptneox": Family(norms="either", activation="gelu_erf"),
+    "granite": Family(rope="adjacent", rope_switch=True),
+    "granitehybrid": Family(rope="adjacent", rope_switch=True, mixer=recurrent.granite_hybrid),
+    "granitemoe": Family(rope="adjacent", rope_switch=True),
+    "hunyuan-dense": Family(norm_after_rope=True),
+    "internlm2": Family(rope="adjacent"),
+    "lfm2": Family(mixer=recurrent.lfm2, output_norm="token_embd_norm"),
+    "lfm2moe": Family(mixer=recurrent.lfm2, output_norm="token_embd_norm",
+                      experts=Experts("sigmoid")),
+    "llama": Family(rope="adjacent"),
+    "minicpm": Family(rope="adjacent"),
+    "mistral3": Family(rope="adjacent"),
+    "modern-bert": Family(bare_first=True, activation="gelu_erf", window_period=3,
+                          global_first=True),
+    "nemotron": Family(activation="relu2"),
+    "nomic-bert": Family(norms="added"),
+    "olmo2": Family(norms="after", window_period=4, local_is_scaled=False),
+    "olmoe": Family(experts=Experts(normalise=False)),
+    "orion": Family(),
+    "phi2": Family(norms="beside", activation="gelu"),
+    "phi3": Family(window_period=1),
+    "qwen2": Family(),
+    "qwen2moe": Family(experts=Experts(normalise=False)),
+    "qwen2vl": Family(axes="blocks"),
+    "qwen3": Family(),
+    "qwen35": Family(ffn_norm="post_attention_norm", axes="interleaved", mixer=recurrent.qwen35),
+    "qwen35moe": Family(ffn_norm="post_attention_norm", axes="interleaved",
+                        mixer=recurrent.qwen35),
+    "qwen3moe": Family(),
+    "qwen3next": Family(ffn_norm="post_attention_norm", mixer=recurrent.qwen3_next),
+    "qwen3vl": Family(axes="interleaved"),
+    "qwen3vlmoe": Family(axes="interleaved"),
+    "seed_oss": Family(ffn_norm="post_attention_norm"),
+    "smollm3": Family(rope="adjacent", no_rope_every=4),
+    "stablelm": Family(norms="either"),
+    "starcoder": Family(activation="gelu"),
+    "starcoder2": Family(activation="gelu"),
+    "xverse": Family(rope="adjacent"),
+}
+ENCODERS = {"gemma-embedding"}  # also where the file does not say so
+
+# GGUF name: describe(g, weights, config) -> the result
 ARCHITECTURES = {
-    "granite": partial(llama.describe, rope_layout="adjacent", rope_switch=True),
-    "llama": partial(llama.describe, rope_layout="adjacent"),
-    "qwen2": partial(llama.describe, rope_layout="halves"),
-    "qwen3": partial(llama.describe, rope_layout="halves"),
+    **{name: partial(llama.describe, family=family) for name, family in FAMILIES.items()},
+    "deepseek2": partial(deepseek2.describe, family=_LATENT),
 }
 
 
-def build_program(file: GGUFFile) -> Program:
+def build_program(file: GGUFFile, *, n_ctx: int | None = None, hidden: bool = False,
+                  sees: bool = False) -> Program:
     """The program of an open model; its weights are the file's own tensors.
 
+    n_ctx: the context it will be used with, None: the trained length. hidden: the result is the
+    last hidden state (T, n_embd), not logits. sees: images may stand in prompts.
     Raises: ModelFileError for an unknown architecture, a metadata key that is missing or absurd,
     and a tensor that is missing, misshapen or of no use.
     """
@@ -30,8 +101,10 @@ def build_program(file: GGUFFile) -> Program:
     if name not in ARCHITECTURES:
         raise ModelFileError(f"architecture {name!r} is not supported; "
                              f"known are {', '.join(sorted(ARCHITECTURES))}")
-    config = ModelConfig.from_metadata(file.metadata)
-    weights, g = Weights(file.tensors), Recorder()
-    logits = ARCHITECTURES[name](g, weights, config)
+    use = Use(n_ctx or 0, hidden, sees)
+    config = ModelConfig.from_metadata(file.metadata, use, is_encoder=name in ENCODERS)
+    weights, g = Weights(file.tensors), Recorder(keeps_kv=config.causal)
+    result = ARCHITECTURES[name](g, weights, config)
+    weights.ignore_layers(range(config.n_layer, config.n_layer + config.n_ahead))
     weights.check_all_asked(name)
-    return g.finish(name, logits)
+    return g.finish(name, result)

@@ -4,7 +4,7 @@ Metadata comes from strangers: every number has a type and a range, and what bre
 ModelFileError naming the key. The names are llama.cpp's (style: n_layer, n_embd, n_head_kv ...).
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from tinychat.errors import ModelFileError
 
 MAX_LAYERS, MAX_WIDTH, MAX_CONTEXT = 4096, 1 << 24, 1 << 31
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
+NORM_EPS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
 
 
 class Keys:
@@ -59,6 +60,19 @@ class Keys:
             self._fail(key, "0 or a number from 1e-06", repr(value))
         return value or default
 
+    def flags(self, key: str, n: int) -> tuple[bool, ...] | None:
+        """n booleans, one a layer; None where the key is absent."""
+        value = self._get(key, None)
+        if value is None:
+            return None
+        items = list(value) if isinstance(value, (list, np.ndarray)) else []
+        if len(items) != n or not all(item in (0, 1) for item in items):
+            self._fail(key, f"{n} booleans, one a layer", repr(value))
+        return tuple(map(bool, items))
+
+    def is_array(self, key: str) -> bool:
+        return isinstance(self._get(key, None), (list, np.ndarray))
+
     def text(self, key: str, allowed: tuple[str, ...], default=_REQUIRED) -> str:
         value = self._get(key, default)
         if value is not default and (type(value) is not str or value not in allowed):
@@ -101,6 +115,8 @@ class RopeConfig:
     log_multiplier: float     # yarn: mscale_all_dim; 0: none
     attn_factor: float        # factor on sine and cosine beside yarn's own
     finetuned: bool           # as stored; granite's way to say whether there is rope at all
+    freq_base_swa: float | None          # of layers with a window, where it is another
+    sections: tuple[int, ...] | None     # pairs that turn by time, row, column of an image
 
     @staticmethod
     def from_keys(keys: Keys, key_length: int, n_ctx: int) -> "RopeConfig":
@@ -121,7 +137,32 @@ class RopeConfig:
             beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1e-6, 1e6, 1.0),
             log_multiplier=keys.number("rope.scaling.yarn_log_multiplier", 0, 1e3, 0.0),
             attn_factor=keys.number("rope.scaling.attn_factor", 1e-6, 1e6, 1.0),
-            finetuned=keys.boolean("rope.scaling.finetuned", True))
+            finetuned=keys.boolean("rope.scaling.finetuned", True),
+            freq_base_swa=keys.number("rope.freq_base_swa", 1.01, 1e30, None),
+            sections=_sections(keys, n_rot))
+
+
+def _sections(keys: Keys, n_rot: int) -> tuple[int, ...] | None:
+    if not keys.has("rope.dimension_sections"):
+        return None
+    found = keys.integers("rope.dimension_sections", 4, 0, n_rot // 2)
+    if sum(found[:3]) != n_rot // 2:
+        raise ModelFileError(f"metadata key {keys.prefix}.rope.dimension_sections: expected "
+                             f"numbers of pairs that make {n_rot // 2}, got {list(found)}")
+    return found[:3]
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a program is made for.
+
+    n_ctx: the context it will be used with, 0: the trained length. hidden: its result is the last hidden state, not
+    logits. sees: images may stand in its prompts.
+    """
+
+    n_ctx: int = 0
+    hidden: bool = False
+    sees: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,39 +179,69 @@ class ModelConfig:
     n_expert: int                  # 0: dense
     key_length: int                # width of one head of q and k
     value_length: int
+    norm: str                      # "rms", or "layer": with the mean taken off
     norm_eps: float
+    causal: bool                   # False: an encoder, whose tokens see the whole text
     rope: RopeConfig
     attention_scale: float         # on q·k
     embedding_scale: float
     residual_scale: float
     logit_scale: float             # as stored; whether it divides or multiplies is the family's
+    window: int                    # positions that layers with a window see; 0: the family's
+    window_layers: tuple[bool, ...] | None  # which these are, where the file says so
+    window_period: int             # or every how many layers there is one without; 0: not said
+    attn_softcap: float            # 0: none
+    final_softcap: float
+    temperature_scale: float       # growth of the queries with the position; 0: none
+    parallel_residual: bool        # the file says: attention and feed-forward part side by side
+    n_deepstack: int               # layers that have features of an image of their own
+    use: Use
+    n_ahead: int                   # layers behind these, which only guess at further tokens
+    keys: Keys                     # for what only some families have
 
     @staticmethod
-    def from_metadata(metadata: dict[str, Any]) -> "ModelConfig":
+    def from_metadata(metadata: dict[str, Any], use: Use | None = None, *,
+                      is_encoder: bool = False) -> "ModelConfig":
         """Raises: ModelFileError naming the key that is missing, of the wrong type or absurd."""
         architecture = metadata.get("general.architecture")
         if type(architecture) is not str:
             raise ModelFileError("metadata key general.architecture: expected a string, "
                                  f"got {architecture!r}")
         keys = Keys(metadata, architecture)
-        n_layer = keys.integer("block_count", 1, MAX_LAYERS)
+        n_blocks = keys.integer("block_count", 1, MAX_LAYERS)
+        n_ahead = keys.integer("nextn_predict_layers", 0, n_blocks - 1, 0)
+        n_layer = n_blocks - n_ahead
         n_embd = keys.integer("embedding_length", 1, MAX_WIDTH)
         n_ctx = keys.integer("context_length", 1, MAX_CONTEXT)
-        n_head = keys.integers("attention.head_count", n_layer, 1, n_embd)
+        n_head = keys.integers("attention.head_count", n_blocks, 1, n_embd)
         key_length, value_length = head_lengths(keys, n_embd, n_head[0])
         attention_scale = keys.number("attention.scale", 0, 1e6, 0.0)
+        norm = "layer" if keys.has(NORM_EPS["layer"]) and not keys.has(NORM_EPS["rms"]) else "rms"
+        pattern = "attention.sliding_window_pattern"
+        window_layers = keys.flags(pattern, n_blocks) if keys.is_array(pattern) else None
         return ModelConfig(
-            architecture=architecture, n_layer=n_layer, n_embd=n_embd, n_ctx=n_ctx, n_head=n_head,
-            n_head_kv=kv_heads(keys, n_head),
-            n_ff=keys.integers("feed_forward_length", n_layer, 0, MAX_WIDTH),
+            architecture=architecture, n_layer=n_layer, n_embd=n_embd, n_ctx=n_ctx,
+            n_head=n_head[:n_layer], n_head_kv=kv_heads(keys, n_head)[:n_layer],
+            n_ff=keys.integers("feed_forward_length", n_blocks, 0, MAX_WIDTH)[:n_layer],
             n_expert=keys.integer("expert_count", 0, 1 << 16, 0),
             key_length=key_length, value_length=value_length,
-            norm_eps=keys.number("attention.layer_norm_rms_epsilon", 0, 1),
+            norm=norm, norm_eps=keys.number(NORM_EPS[norm], 0, 1),
+            causal=keys.boolean("attention.causal", True) and not is_encoder,
             rope=RopeConfig.from_keys(keys, key_length, n_ctx),
             attention_scale=attention_scale or 1 / math.sqrt(key_length),
             embedding_scale=keys.factor("embedding_scale"),
             residual_scale=keys.factor("residual_scale"),
-            logit_scale=keys.factor("logit_scale"))
+            logit_scale=keys.factor("logit_scale"),
+            window=keys.integer("attention.sliding_window", 0, MAX_CONTEXT, 0),
+            window_layers=window_layers,
+            window_period=0 if keys.is_array(pattern) else keys.integer(pattern, 0, MAX_LAYERS, 0),
+            attn_softcap=keys.number("attn_logit_softcapping", 0, 1e6, 0.0),
+            final_softcap=keys.number("final_logit_softcapping", 0, 1e6, 0.0),
+            temperature_scale=keys.number("attention.temperature_scale", 0, 1e3, 0.0),
+            parallel_residual=keys.boolean("use_parallel_residual", False),
+            n_deepstack=keys.integer("n_deepstack_layers", 0, n_layer, 0),
+            use=replace(use or Use(), n_ctx=use.n_ctx if use and use.n_ctx else n_ctx),
+            n_ahead=n_ahead, keys=keys)
 
 
 def head_lengths(keys: Keys, n_embd: int, n_head: int) -> tuple[int, int]:

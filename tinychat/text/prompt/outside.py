@@ -2,9 +2,14 @@
 import re
 from collections.abc import Iterator
 
-# Round control tokens that a stranger wrote into a text; dropped where they come in from outside.
+# Round control tokens that a stranger wrote into a text, and round the number of an image; dropped
+# where they come in from outside.
 MARK_OPEN, MARK_CLOSE = "\U00100000", "\U00100001"
+IMAGE_OPEN, IMAGE_CLOSE = "\U00100002", "\U00100003"
+ALL_MARKS = (MARK_OPEN, MARK_CLOSE, IMAGE_OPEN, IMAGE_CLOSE)
 MARKS = re.compile(f"[{MARK_OPEN}{MARK_CLOSE}]")
+FOREIGN_MARKS = re.compile(f"[{''.join(ALL_MARKS)}]")
+IMAGE = re.compile(f"{IMAGE_OPEN}([0-9]+){IMAGE_CLOSE}")
 MARKED = re.compile(f"{MARK_OPEN}([^{MARK_OPEN}{MARK_CLOSE}]*){MARK_CLOSE}")
 
 
@@ -15,6 +20,33 @@ def add_piece(pieces: list[tuple[str, bool]], text: str, is_structure: bool) -> 
         pieces[-1] = pieces[-1][0] + text, is_structure
     else:
         pieces.append((text, is_structure))
+
+
+def numbered(messages: list[dict]) -> list[dict]:
+    """In contents that are lists with images, texts as texts and images as numbers, in the order of
+    the chat; all else stays as it is."""
+    out, n = [], 0
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list) and any(part.get("type") == "image" for part in content):
+            parts = []
+            for part in content:
+                is_image = part.get("type") == "image"
+                parts.append(n if is_image else part.get("text", ""))
+                n += is_image
+            message = {**message, "content": parts}
+        out.append(message)
+    return out
+
+
+def with_image_marks(messages: list[dict]) -> list[dict]:
+    """What `numbered` made into lists becomes texts, with the marks round each number."""
+    def text(content):
+        if not isinstance(content, list) or not any(isinstance(part, int) for part in content):
+            return content
+        return "".join(f"{IMAGE_OPEN}{part}{IMAGE_CLOSE}" if isinstance(part, int) else part
+                       for part in content)
+    return [{**message, "content": text(message.get("content"))} for message in messages]
 
 
 class TextFinder:
@@ -39,7 +71,7 @@ class TextFinder:
 
     def mark(self, text: str) -> str:
         """`text` with the marks round each hit, and none that it brought along."""
-        text, parts, done = MARKS.sub("", text), [], 0
+        text, parts, done = FOREIGN_MARKS.sub("", text), [], 0
         for start, stop in self.spans(text):
             parts += [text[done:start], MARK_OPEN, text[start:stop], MARK_CLOSE]
             done = stop

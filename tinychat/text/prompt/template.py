@@ -12,7 +12,7 @@ from tinychat.errors import TemplateError
 from tinychat.text.prompt import needles
 from tinychat.text.prompt.forms import copied, neutral, whole_tool
 from tinychat.text.prompt.outside import (
-    MARK_CLOSE, MARK_OPEN, MARKED, MARKS, TextFinder, add_piece)
+    ALL_MARKS, IMAGE, MARKED, MARKS, TextFinder, add_piece, numbered, with_image_marks)
 from tinychat.text.prompt.prepare import prepared
 from tinychat.text.prompt.program import Program
 from tinychat.text.prompt.switches import SUFFIX, THINKING, Switches, find_switches
@@ -134,10 +134,11 @@ class ChatTemplate:
         """The prompt cut into (text, is_structure) round control tokens that came from outside.
 
         A piece that is no structure begins with such a text and reaches to the next real token.
+        Images, parts of a content that is a list, are marks with their numbers in it.
         """
-        marked = copied([messages, tools], self._hits.mark)
-        prompt, pieces, pos = self.render(*marked, **kwargs), [], 0
-        for mark in (MARK_OPEN, MARK_CLOSE):  # a template may ask `tojson` for ASCII
+        messages, tools = copied([numbered(messages), tools], self._hits.mark)
+        prompt, pieces, pos = self.render(with_image_marks(messages), tools, **kwargs), [], 0
+        for mark in ALL_MARKS:  # a template may ask `tojson` for ASCII
             prompt = prompt.replace(json.dumps(mark)[1:-1], mark)
         for match in MARKED.finditer(prompt):
             # A template that splits at a marked tag leaves its marks round what it writes itself.
@@ -157,15 +158,32 @@ class ChatTemplate:
     def encode(self, messages: list[dict], tokenizer, tools: list[dict] | None = None,
                **kwargs) -> list[int]:
         """The prompt as token ids, BOS exactly once where the model wants one."""
-        ids = []
-        for text, is_structure in self.pieces(messages, tools, **kwargs):
-            if is_structure:
-                ids += tokenizer.encode(text, special=True)
-            else:  # NOTE: `encode` finds user-defined tokens in any case
-                ids += tokenizer.encode_plain(text, after_special=not ids)
+        return self.encode_seen(messages, tokenizer, [], tools, **kwargs)[0]
+
+    def encode_seen(self, messages: list[dict], tokenizer, images: list[list[str | int]],
+                    tools: list[dict] | None = None, placeholder_id: int = 0,
+                    **kwargs) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """As `encode`, for contents that are lists with images in them.
+
+        images: of each, in the order of the chat, the parts that stand for it: structural text,
+        or how many tokens are seen there. Returns the ids, with the placeholder's where something
+        is seen, and (image, part, first token) of each such run, in order.
+        """
+        ids, runs = [], []
+        for piece, kind in _laid_out(self.pieces(messages, tools, **kwargs), images):
+            if kind is True:
+                ids += tokenizer.encode(piece, special=True)
+            elif kind is False:  # NOTE: `encode` finds user-defined tokens in any case
+                ids += tokenizer.encode_plain(piece, after_special=not ids)
+            else:
+                runs.append((*kind, len(ids)))
+                ids += [placeholder_id] * piece
+        if {image for image, _, _ in runs} != set(range(len(images))):
+            raise TemplateError("the chat template leaves out an image of the chat")
         if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
             ids.insert(0, tokenizer.bos_id)
-        return ids
+            runs = [(image, part, first + 1) for image, part, first in runs]
+        return ids, runs
 
     def tail(self, messages: list[dict], news: list[dict], end: str, tokenizer,
              tools: list[dict] | None = None, **kwargs) -> list[int] | None:
@@ -194,6 +212,24 @@ class ChatTemplate:
 
     def _plain_text(self, messages: list[dict], tools: list[dict] | None, kwargs: dict) -> str:
         return "".join(text for text, _ in self.pieces(messages, tools, **kwargs))
+
+
+def _laid_out(pieces: list[tuple[str, bool]], images: list[list[str | int]],
+              ) -> list[tuple[str, bool] | tuple[int, tuple[int, int]]]:
+    """The pieces with the parts of images in the place of their marks: numbers with (image, part)."""
+    out = []
+    for text, is_structure in pieces:
+        at = 0
+        for match in IMAGE.finditer(text):
+            add_piece(out, text[at:match.start()], is_structure)
+            at, image = match.end(), int(match[1])
+            for i, part in enumerate(images[image]):
+                if isinstance(part, str):
+                    add_piece(out, part, True)
+                else:
+                    out.append((part, (image, i)))
+        add_piece(out, text[at:], is_structure)
+    return out
 
 
 class _Variant:
