@@ -52,7 +52,7 @@ class Idefics3(Tower):
         super().__init__(config, w)
         self.n_merge = config.keys.integer("projector.scale_factor", 1, 64, 1)
         self.longest_edge = config.keys.integer("preproc_image_size", 0, MAX_EDGE, 0)
-        if -(-self.longest_edge // max(config.image_size, 1)) ** 2 > MAX_TILES:
+        if math.ceil(self.longest_edge / max(config.image_size, 1)) ** 2 > MAX_TILES:
             raise ModelFileError("metadata key clip.vision.preproc_image_size: "
                                  f"{self.longest_edge} makes more than {MAX_TILES} tiles of "
                                  f"{config.image_size}")
