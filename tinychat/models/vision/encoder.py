@@ -6,10 +6,12 @@ import numpy as np
 
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import GGUFFile
+from tinychat.models.vision.clip import InternVL, Llava
 from tinychat.models.vision.config import VisionConfig, projector_of
 from tinychat.models.vision.pixels import Scaler, Tile
-from tinychat.models.vision.siglip import Gemma3, Idefics3
+from tinychat.models.vision.pixtral import Pixtral
 from tinychat.models.vision.qwen import Qwen2, Qwen3, Qwen25
+from tinychat.models.vision.siglip import Gemma3, Idefics3
 from tinychat.models.vision.tower import ImageBlock, Rows, Tower
 from tinychat.models.weights import Weights
 from tinychat.ops import open_executor
@@ -23,6 +25,9 @@ TOWER_PART = 0.95  # of a tile's time; the projector takes the rest
 TOWERS: dict[str, type[Tower]] = {
     "gemma3": Gemma3,
     "idefics3": Idefics3,
+    "internvl": InternVL,
+    "mlp": Llava,
+    "pixtral": Pixtral,
     "qwen2.5vl_merger": Qwen25,
     "qwen2vl_merger": Qwen2,
     "qwen3vl_merger": Qwen3,

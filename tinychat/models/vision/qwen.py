@@ -9,10 +9,9 @@ from dataclasses import replace
 import numpy as np
 
 from tinychat.errors import ModelFileError
-from tinychat.models.layers import linear
 from tinychat.models.vision.config import MAX_ROWS, VisionConfig
 from tinychat.models.vision.pixels import Tile, fitted_size, interpolated
-from tinychat.models.vision.tower import ImageBlock, Rows, Tower, block, norm
+from tinychat.models.vision.tower import ImageBlock, Rows, Tower, block, mlp, norm
 from tinychat.models.weights import Weights
 from tinychat.ops.program import Buffer, Heads, Rope
 from tinychat.ops.recorder import Recorder
@@ -131,11 +130,3 @@ class Qwen3(Qwen2):
             state = norm(g, w, "norm", g.columns(x, (1 + n) * width, width), self.config.norm_eps)
             out = g.join(out, mlp(g, w, ("fc1", "fc2"), state))
         return out
-
-
-def mlp(g: Recorder, w: Weights, names: tuple[str, str], x: Buffer) -> Buffer:
-    """Two matrices with a GELU between them, of whatever widths the file has."""
-    for i, name in enumerate(names):
-        n_out = w.tensor(f"{name}.weight", None, x.width).shape[0]
-        x = linear(g, w, name, g.activate("gelu_erf", x) if i else x, n_out)
-    return x

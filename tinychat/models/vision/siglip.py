@@ -7,10 +7,9 @@ import math
 import numpy as np
 
 from tinychat.errors import ModelFileError
-from tinychat.models.layers import linear
 from tinychat.models.vision.config import VisionConfig
 from tinychat.models.vision.pixels import Tile, windows
-from tinychat.models.vision.tower import Tower, norm, transposed
+from tinychat.models.vision.tower import Tower, mlp, norm, transposed
 from tinychat.models.weights import Weights
 from tinychat.ops.program import Buffer
 from tinychat.ops.recorder import Recorder
@@ -97,8 +96,7 @@ class Idefics3(Tower):
         return first, second
 
     def project(self, g: Recorder, x: Buffer) -> Buffer:
-        n_out = self.w.tensor("mm.model.fc.weight", None, x.width).shape[0]
-        return linear(g, self.w, "mm.model.fc", x, n_out)
+        return mlp(g, self.w, ("mm.model.fc",), x)
 
 
 def _even(length: float) -> int:

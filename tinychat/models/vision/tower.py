@@ -185,6 +185,7 @@ class Tower:
         self.w.tensor("v.position_embd.weight", self.max_rows, self.config.n_embd)
         if self.has_class:
             shape = self.w.shape("v.class_embd")
+            self.w.tensor("v.class_embd", *shape)
             if math.prod(shape) != self.config.n_embd:
                 raise ModelFileError(f"tensor 'v.class_embd': expected {self.config.n_embd} "
                                      f"values, found the shape {shape}")
@@ -275,6 +276,14 @@ def _up_and_down(w: Weights, n_embd: int) -> tuple[str, str]:
                and w.shape("ffn_down.weight")[1:] == (n_embd,)
                and w.shape("ffn_up.weight")[1:] != (n_embd,))
     return ("ffn_down", "ffn_up") if swapped else ("ffn_up", "ffn_down")
+
+
+def mlp(g: Recorder, w: Weights, names: tuple[str, ...], x: Buffer) -> Buffer:
+    """Matrices with a GELU between each two, of whatever widths the file has."""
+    for i, name in enumerate(names):
+        n_out = w.tensor(f"{name}.weight", None, x.width).shape[0]
+        x = linear(g, w, name, g.activate("gelu_erf", x) if i else x, n_out)
+    return x
 
 
 def transposed(tensor: QTensor) -> QTensor:
