@@ -48,7 +48,7 @@ def worst(found, expected):
 
 # Random towers, as llama.cpp's converter writes them
 
-N_EMBD, N_FF, N_TEXT = 32, 48, 40
+N_EMBD, N_FF, N_TEXT = 32, 48, 64
 FAMILIES = {
     "idefics3": dict(image_size=32, patch_size=8, merge=2, biases=True),
     "mlp": dict(image_size=32, patch_size=8, pre_ln=True, class_embd=True, biases=True),

@@ -6,8 +6,11 @@ from helpers_golden import EXECUTORS
 from helpers_vision import N_TEXT, Maker, blocks, load_seen, worst
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import open_gguf
+from tinychat.models import build_program
 from tinychat.models.vision import KNOWN, VisionEncoder, projector_of
 from tinychat.models.vision.pixels import Tile, fitted_size, patches, windows
+from tinychat.ops import open_executor
+from tinychat.ops.batch import Batch
 
 GOLDEN = ("qwen3vl-a", "qwen2.5vl-a", "gemma3-vision-a")
 
@@ -109,7 +112,7 @@ def test_a_projector_is_known_by_its_metadata():
     (dict(drop=("mm.model.fc.weight",)), "'mm.model.fc.weight' is missing"),
     (dict(change={"v.position_embd.weight": (15, 32)}), "v.position_embd.weight.*expected shape"),
     (dict(change={"v.blk.0.ffn_down.weight": (32, 47)}), "v.blk.0.ffn_down.weight"),
-    (dict(change={"mm.model.fc.weight": (41, 128)}), "makes 41 values a token, the model takes 40"),
+    (dict(change={"mm.model.fc.weight": (41, 128)}), "makes 41 values a token, the model takes 64"),
     (dict(metadata={"clip.vision.image_size": 36}), "clip.vision.image_size"),
     (dict(metadata={"clip.vision.image_size": 8192}), "clip.vision.image_size"),
     (dict(metadata={"clip.vision.patch_size": 0}), "clip.vision.patch_size"),
@@ -125,3 +128,38 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, how, says):
     Maker(tmp_path / "m.gguf", "idefics3", **how)
     with pytest.raises(ModelFileError, match=says):
         open_encoder(tmp_path / "m.gguf", N_TEXT)
+
+
+# With the text model
+
+@pytest.mark.parametrize("kind", EXECUTORS)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_logits_of_a_golden_prompt_with_its_image_agree(name, kind):
+    seen = load_seen(name)
+    with open_gguf(seen.model) as file:
+        program = build_program(file, sees=True)
+    encoder = open_encoder(seen.mmproj, seen.data["image_embeds"].shape[2], kind)
+    image = encoder.encode(seen.image)
+    (block,) = blocks(image)
+    tokens, first = seen.data["tokens"], int(seen.data["image_first"])
+    n, at = len(tokens), np.arange(len(tokens), dtype=np.int32)
+    rows, spans = np.full(n, -1, np.int32), np.repeat(at[:, None, None], 2, 2)
+    rows[first:first + len(block.rows)] = np.arange(len(block.rows))
+    if image.both_ways:
+        spans[rows >= 0] = first, first + len(block.rows) - 1
+    axes = None
+    if program.n_axes:
+        axes = np.repeat(at[:, None], 3, 1)
+        axes[rows >= 0] = first + block.axes
+        axes[first + len(block.rows):] += block.n_positions - len(block.rows)
+        axes = np.ascontiguousarray(axes[:, :program.n_axes], np.int32)
+    pages = np.arange(4, dtype=np.int32)[None]
+    name, _, isa = kind.partition(" ")
+    executor = open_executor(program, kind=name, isa=isa or None, kv_type="f32", n_pages=4,
+                             max_tokens=128, max_outputs=128, max_sequences=1)
+    logits = executor.step(Batch(tokens.astype(np.int32), at, np.zeros(n, np.int32), pages, at,
+                                 inputs=block.rows, input_rows=rows, axes=axes, spans=spans
+                                 if program.n_spans else None))
+    difference, cosine = worst(logits, seen.data["logits"])
+    strict = kind == "reference"
+    assert difference < (0.02 if strict else 0.1) and cosine > (0.9999 if strict else 0.999)
