@@ -1,9 +1,11 @@
 """Vision towers: golden features, geometry, and files that do not fit."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from helpers_golden import EXECUTORS
-from helpers_vision import N_TEXT, Maker, blocks, load_seen, worst
+from helpers_vision import N_TEXT, PEER_CASES, Maker, blocks, load_seen, picture, worst
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import open_gguf
 from tinychat.models import build_program
@@ -12,6 +14,7 @@ from tinychat.models.vision.pixels import Tile, fitted_size, patches, windows
 from tinychat.ops import open_executor
 from tinychat.ops.batch import Batch
 
+GOLDEN_FOLDER = Path(__file__).parent / "golden"
 GOLDEN = ("qwen3vl-a", "qwen2.5vl-a", "gemma3-vision-a")
 
 
@@ -163,3 +166,26 @@ def test_logits_of_a_golden_prompt_with_its_image_agree(name, kind):
     difference, cosine = worst(logits, seen.data["logits"])
     strict = kind == "reference"
     assert difference < (0.02 if strict else 0.1) and cosine > (0.9999 if strict else 0.999)
+
+
+# Families without golden files
+
+@pytest.mark.parametrize("kind", EXECUTORS)
+@pytest.mark.parametrize("case", PEER_CASES)
+def test_features_agree_with_those_of_llama_cpp(tmp_path, case, kind):
+    """Those of random towers, recorded by make_vision_peer.py. It takes GELU from a table, and in
+    its tanh form also where a model has the exact one."""
+    made_as, how, size = PEER_CASES[case]
+    Maker(tmp_path / "m.gguf", made_as, **how)
+    found = encoded(tmp_path / "m.gguf", picture(*size), kind)
+    with np.load(GOLDEN_FOLDER / "vision-peer.npz") as data:
+        expected = data[case]
+    if case == "mlp":  # it leaves out the first row all the same, which is a patch then
+        found, expected = found[1:], expected[:-1]
+    difference, cosine = worst(found, expected)
+    assert difference < 0.02 and cosine > 0.9999
+
+
+def encoded(path, pixels, kind="reference"):
+    return np.concatenate([block.rows for block in
+                           blocks(open_encoder(path, N_TEXT, kind).encode(pixels))])

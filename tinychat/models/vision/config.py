@@ -63,7 +63,7 @@ class VisionConfig:
         return VisionConfig(
             n_layer=keys.integer("block_count", 1, MAX_LAYERS), n_embd=n_embd, n_head=n_head,
             head_dim=head_dim or n_embd // n_head, image_size=image_size,
-            patch_size=keys.integer("patch_size", 1, 256),
+            patch_size=keys.integer("patch_size", 1, 64),
             norm_eps=keys.number("attention.layer_norm_epsilon", 0, 1),
             activation="silu" if use_silu else "gelu" if use_gelu else "gelu_quick",
             mean=_colour(metadata, "clip.vision.image_mean", -10, 10),

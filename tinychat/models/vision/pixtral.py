@@ -27,7 +27,7 @@ class Pixtral(Tower):
     def __init__(self, config: VisionConfig, w: Weights):
         super().__init__(config, w)
         c = config
-        self.n_merge = c.keys.integer("spatial_merge_size", 1, 16, 1)
+        self.n_merge = c.keys.integer("spatial_merge_size", 1, 8, 1)
         if c.head_dim % 4:
             raise ModelFileError("metadata key clip.vision.attention.head_count: expected heads "
                                  f"of a multiple of 4 values, got {c.head_dim}")
