@@ -28,6 +28,7 @@ TOWERS: dict[str, type[Tower]] = {
     "internvl": InternVL,
     "mlp": Llava,
     "pixtral": Pixtral,
+    "qwen2.5o": Qwen25,
     "qwen2.5vl_merger": Qwen25,
     "qwen2vl_merger": Qwen2,
     "qwen3vl_merger": Qwen3,
@@ -37,8 +38,9 @@ KNOWN = tuple(sorted(TOWERS))
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """parts: in order, blocks of image tokens, and the texts that the family writes round them, with
-    special tokens as text. both_ways: a block's tokens see one another in both directions."""
+    """parts: in order, blocks of image tokens, and the texts that the family writes round them,
+    special tokens as text. both_ways: a block's tokens see one another in both directions.
+    """
 
     parts: tuple[str | ImageBlock, ...]
     both_ways: bool

@@ -106,10 +106,10 @@ class Tower:
         """Patches a side of a tower that sees squares of one size."""
         size, patch = self.config.image_size, self.config.patch_size
         side = size // patch
-        if not side or size % patch or side % self.n_merge or side * side >= MAX_ROWS:
+        if not side or side % self.n_merge or side * side >= MAX_ROWS:
             raise ModelFileError(
                 f"metadata key clip.vision.image_size: expected a multiple of {self.n_merge} "
-                f"patches of {patch}, of fewer than {MAX_ROWS} patches in all, got {size}")
+                f"patches of {patch}, fewer than {MAX_ROWS} in all, got {size}")
         return side
 
     # Rows
