@@ -12,8 +12,10 @@ from helpers_vision import (
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import open_gguf
 from tinychat.models import build_program
+from tinychat.models.vision import encoder as encoder_module
 from tinychat.models.vision import KNOWN, VisionEncoder, projector_of
 from tinychat.models.vision.pixels import Tile, fitted_size, patches, windows
+from tinychat.models.weights import Weights
 from tinychat.ops import open_executor
 from tinychat.ops.batch import Batch
 
@@ -325,3 +327,17 @@ def test_features_agree_with_those_of_llama_cpp(tmp_path, case, kind):
 def encoded(path, pixels, kind="reference"):
     return np.concatenate([block.rows for block in
                            blocks(open_encoder(path, N_TEXT, kind).encode(pixels))])
+
+
+def test_an_image_of_more_tokens_than_a_projectors_step_is_projected_whole(tmp_path):
+    Maker(tmp_path / "m.gguf", "qwen2vl_merger")
+    encoder = open_encoder(tmp_path / "m.gguf", N_TEXT)
+    pixels = picture(320, 288)
+    found = blocks(encoder.encode(pixels))[0].rows
+    assert len(found) == 360 > encoder_module.PROJECTOR_ROWS
+    tower, (see, _) = encoder._tower, encoder._stages
+    hidden = tower.merge(see.run(tower.rows(pixels, (40, 36))), (40, 36))
+    with open_gguf(tmp_path / "m.gguf") as file:
+        whole = encoder_module.Stage(encoder_module.record(type(tower)(
+            tower.config, Weights(file.tensors)), "again")[1], 512, kind="reference")
+    assert np.allclose(whole.run(encoder_module.Rows(hidden)), found, atol=1e-4)

@@ -10,7 +10,9 @@ from tinychat.models.config import MAX_LAYERS, Keys
 
 MAX_SIDE = 8192           # pixels of a tower's square
 MAX_WIDTH = 1 << 16
-MAX_ROWS = 5120           # patches in one step: 1280 tokens where 2x2 of them make one
+# Patches in one step: 1280 tokens where 2x2 of them make one. The largest towers known have 60 to
+# 110 KB of buffers for each, so 300 to 570 MB; a smaller picture only touches what it needs.
+MAX_ROWS = 5120
 PROJECTOR_KEYS = ("clip.projector_type", "clip.vision.projector_type")
 
 
