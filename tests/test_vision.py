@@ -229,7 +229,7 @@ ODD_KEYS = ("clip.vision.image_size", "clip.vision.patch_size", "clip.vision.emb
             "clip.vision.projector.scale_factor", "clip.vision.spatial_merge_size",
             "clip.vision.n_wa_pattern", "clip.vision.window_size", "clip.vision.feature_layer",
             "clip.vision.preproc_image_size", "clip.vision.preproc_min_tiles",
-            "clip.vision.preproc_max_tiles", "clip.vision.projection_dim")
+            "clip.vision.preproc_max_tiles")
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen2.5vl_merger"])

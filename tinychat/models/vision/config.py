@@ -46,7 +46,6 @@ class VisionConfig:
     activation: str        # gelu | gelu_quick | silu
     mean: np.ndarray
     std: np.ndarray
-    projection_dim: int
     keys: Keys
 
     @staticmethod
@@ -69,8 +68,7 @@ class VisionConfig:
             norm_eps=keys.number("attention.layer_norm_epsilon", 0, 1),
             activation="silu" if use_silu else "gelu" if use_gelu else "gelu_quick",
             mean=_colour(metadata, "clip.vision.image_mean", -10, 10),
-            std=_colour(metadata, "clip.vision.image_std", 1e-3, 10),
-            projection_dim=keys.integer("projection_dim", 0, 1 << 24, 0), keys=keys)
+            std=_colour(metadata, "clip.vision.image_std", 1e-3, 10), keys=keys)
 
 
 def _colour(metadata: dict[str, Any], key: str, low: float, high: float) -> np.ndarray:

@@ -114,7 +114,7 @@ class VisionEncoder:
         report(1.0)
         projected = [project.run(Rows(merged[at:at + PROJECTOR_ROWS]))
                      for at in range(0, len(merged), PROJECTOR_ROWS)]
-        return tower.block(np.concatenate(projected), grid)
+        return tower.image_block(np.concatenate(projected), grid)
 
     def close(self) -> None:
         """May be called again."""

@@ -54,7 +54,7 @@ class Qwen2(Tower):
         axes = np.indices(grid, np.int32).reshape(2, -1).T
         return replace(found, axes=np.ascontiguousarray(axes))
 
-    def block(self, rows: np.ndarray, grid: tuple[int, int]) -> ImageBlock:
+    def image_block(self, rows: np.ndarray, grid: tuple[int, int]) -> ImageBlock:
         height, width = grid[0] // self.n_merge, grid[1] // self.n_merge
         axes = np.indices((1, height, width), np.int32).reshape(3, -1).T
         return ImageBlock(rows, np.ascontiguousarray(axes), max(height, width))
