@@ -32,7 +32,12 @@ def linear_parts(g: Recorder, w: Weights, name: str, x: Buffer, *widths: int) ->
 
 
 def norm(g: Recorder, w: Weights, name: str, x: Buffer, config: ModelConfig) -> Buffer:
-    """The file's kind of norm over a row, by NAME.weight, and NAME.bias if it is there."""
+    """The file's kind of norm over a row, by NAME.weight, and NAME.bias if it is there.
+
+    An empty name: the norm alone.
+    """
+    if not name:
+        return _normed(g, x, None, None, config, x.width)
     weight, bias = w.tensor(f"{name}.weight", x.width), w.optional(f"{name}.bias", x.width)
     return _normed(g, x, weight, bias, config, x.width)
 
@@ -91,7 +96,7 @@ def finish(g: Recorder, w: Weights, config: ModelConfig, x: Buffer,
     `output` makes the logits, or the embedding where both are tied.
     """
     x = g.outputs(x)
-    if config.causal or w.has(f"{norm_name}.weight"):
+    if config.causal or w.has(f"{norm_name}.weight"):  # encoders may end without
         x = norm(g, w, norm_name, x, config)
     name = "output" if w.has("output.weight") else "token_embd"
     if config.use.hidden:
