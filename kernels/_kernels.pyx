@@ -5,7 +5,7 @@ tinychat/ops/lowering.py makes the arrays that Runner takes; kernels.h says what
 """
 from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
@@ -13,14 +13,26 @@ from kernels cimport *
 
 page_tokens = PAGE_TOKENS
 row_floats = ROW_FLOATS
-op_kinds = {
-    "embed": OP_EMBED, "rmsnorm": OP_RMSNORM, "quantize": OP_QUANTIZE, "linear": OP_LINEAR,
-    "rope_table": OP_ROPE_TABLE, "rope": OP_ROPE, "store_kv": OP_STORE_KV, "attend": OP_ATTEND,
-    "swiglu": OP_SWIGLU, "add": OP_ADD, "scale": OP_SCALE, "outputs": OP_OUTPUTS,
-}
-op_fields = ("kind", "barrier", "outputs", "out", "a", "b", "weight", "bias", "width", "layer",
-             "head_dim", "window")  # int32; then one float32, "scalar"
 rope_layouts = {"adjacent": ROPE_ADJACENT, "halves": ROPE_HALVES}
+gatings = {"softmax": GATING_SOFTMAX, "sigmoid": GATING_SIGMOID, "chosen": GATING_CHOSEN}
+op_kinds = {op_name(kind).decode(): kind for kind in range(OP_KINDS) if runner_has(kind)}
+activations = {activation_name(fn).decode(): fn for fn in range(FN_KINDS)}
+
+# The fields of the structs in kernels.h, in their order, as numpy.dtype takes them
+op_fields = [(name, "<i4") for name in ("kind", "barrier", "outputs", "out")]
+op_fields += [("in", "<i4", 5), ("weights", "<i4", 3)]
+op_fields += [(name, "<i4") for name in (
+    "width", "group", "n_head", "fn", "begin", "length", "offset", "weighted", "layer", "state",
+    "params")]
+op_fields += [("scalar", "<f4")]
+attention_fields = [(name, "<i4") for name in (
+    "n_head", "n_head_kv", "key_length", "value_length", "window", "chunk", "causal", "span")]
+attention_fields += [("scale", "<f4"), ("softcap", "<f4")]
+routing_fields = [(name, "<i4") for name in (
+    "n_expert", "n_used", "gating", "n_group", "n_group_used", "normalise")] + [("scale", "<f4")]
+mamba2_fields = [(name, "<i4") for name in ("n_head", "head_dim", "n_group", "n_state")]
+delta_net_fields = [(name, "<i4") for name in (
+    "n_key_head", "n_value_head", "key_length", "value_length", "tiled")]
 
 
 def isa_levels() -> list[str]:
@@ -60,13 +72,26 @@ cdef void *_allocate(size_t n, size_t size) except NULL:
     return memory
 
 
+cdef void *_copied(array, size_t item_size) except NULL:
+    """The memory of a structured array, whose items must be as large as their struct."""
+    if array.dtype.itemsize != item_size:
+        raise ValueError(f"expected items of {item_size} bytes, got {array.dtype}")
+    cdef const uint8_t[::1] data = array.view(np.uint8)
+    cdef void *memory = _allocate(array.shape[0], item_size)
+    if data.shape[0]:
+        memcpy(memory, &data[0], data.shape[0])
+    return memory
+
+
 cdef class Runner:
     """A lowered program with its weights and memory: step runs it, sample draws from its logits.
 
-    ops: structured array of op_fields and scalar; slots: (stride, is_outputs) each; logits: float32
-    (max_outputs, stride) 64-byte aligned, the memory of slot `logits_slot`; vectors: float32 1-D
-    arrays; matrices: (qtype, n_rows, n_cols, uint8 bytes, pack, is_mapped) each; ropes: (layout,
-    inv_freq, magnitude) each; kv: (n_head, n_head_kv, key_length, value_length) each.
+    ops, attentions, routings, mamba2s, delta_nets: structured arrays of the fields above; slots:
+    (stride, is_outputs) each; result: float32 (max_outputs, stride) 64-byte aligned, the memory of
+    slot `result_slot`; vectors: float32 1-D arrays; matrices: (qtype, n_parts, n_rows, n_cols,
+    uint8 bytes, pack, is_mapped) each; ropes: (layout, inv_freq, magnitude, axes or None) each; kv:
+    (n_head_kv, key_length, value_length, has_reach) each; states: floats of each recurrent state.
+    sizes: what the runner struct has under these names.
     Raises: ValueError, MemoryError. Indices inside `ops` are the lowering's own and not checked.
     """
 
@@ -75,25 +100,29 @@ cdef class Runner:
     cdef list keep
     cdef bint is_open
 
-    def __init__(self, str isa, int threads, *, const program_op[::1] ops, list slots, logits,
-                 int logits_slot, list vectors, list matrices, list ropes, list kv, bint kv_is_f16,
-                 int64_t n_vocab, int64_t n_ids, int64_t n_pages, int64_t max_tokens,
-                 int64_t max_outputs, int64_t max_sequences):
+    def __init__(self, str isa, int threads, *, ops, attentions, routings, mamba2s, delta_nets,
+                 list slots, result, int result_slot, list vectors, list matrices, list ropes,
+                 list kv, bint kv_is_f16, list states, int64_t n_vocab, dict sizes):
         if self.is_open:
             raise ValueError("a Runner is made once")
-        if threads < 1 or min(n_pages, max_tokens, max_outputs, max_sequences) < 1:
-            raise ValueError("expected at least one thread, page, token, output and sequence")
+        if threads < 1:
+            raise ValueError("expected at least one thread")
         self.is_open = True
-        self.keep = [logits, vectors, matrices, ropes]
+        self.keep = [result, vectors, matrices, ropes]
         self.r.table = _table(isa)
-        self.r.n_ids, self.r.n_pages, self.r.max_tokens = n_ids, n_pages, max_tokens
-        self.r.max_outputs, self.r.max_sequences = max_outputs, max_sequences
-        self._set_ops(ops)
-        self._set_slots(slots, logits, logits_slot)
+        self._set_sizes(sizes)
+        self.r.ops = <program_op *>_copied(ops, sizeof(program_op))
+        self.r.n_ops = len(ops)
+        self.r.attentions = <attention *>_copied(attentions, sizeof(attention))
+        self.r.routings = <routing *>_copied(routings, sizeof(routing))
+        self.r.mamba2s = <mamba2_shape *>_copied(mamba2s, sizeof(mamba2_shape))
+        self.r.delta_nets = <delta_net_shape *>_copied(delta_nets, sizeof(delta_net_shape))
+        self._set_slots(slots, result, result_slot)
         self._set_vectors(vectors)
         self._set_matrices(matrices)
         self._set_ropes(ropes)
         self._set_kv(kv, kv_is_f16)
+        self._set_states(states)
         self._set_sampling(n_vocab)
         self.r.pool = pool_create(threads)
         if self.r.pool is NULL:
@@ -104,42 +133,48 @@ cdef class Runner:
         if fault is not NULL:
             raise MemoryError(fault.decode())
 
-    cdef _set_ops(self, const program_op[::1] ops):
-        self.r.ops = <program_op *>_allocate(ops.shape[0], sizeof(program_op))
-        self.r.n_ops = ops.shape[0]
-        if ops.shape[0]:
-            memcpy(self.r.ops, &ops[0], ops.shape[0] * sizeof(program_op))
+    cdef _set_sizes(self, dict sizes):
+        self.r.n_ids, self.r.window = sizes["n_ids"], sizes["window"]
+        self.r.input_width = sizes["input_width"]
+        self.r.n_axes, self.r.n_spans = sizes["n_axes"], sizes["n_spans"]
+        self.r.n_pages, self.r.n_window_pages = sizes["n_pages"], sizes["n_window_pages"]
+        self.r.n_states, self.r.max_tokens = sizes["n_states"], sizes["max_tokens"]
+        self.r.max_outputs, self.r.max_sequences = sizes["max_outputs"], sizes["max_sequences"]
+        if min(self.r.n_pages, self.r.max_tokens, self.r.max_outputs, self.r.max_sequences) < 1:
+            raise ValueError("expected at least one page, token, output and sequence")
 
-    cdef _set_slots(self, list slots, float[:, ::1] logits, int logits_slot):
+    cdef _set_slots(self, list slots, float[:, ::1] result, int result_slot):
         self.r.slots = <slot *>_allocate(len(slots), sizeof(slot))
         self.r.n_slots = len(slots)
         for i, (stride, outputs) in enumerate(slots):
             if stride % ROW_FLOATS:
                 raise ValueError("a slot's stride must be a multiple of ROW_FLOATS")
             self.r.slots[i].stride, self.r.slots[i].outputs = stride, outputs
-        cdef slot *last = &self.r.slots[logits_slot]
-        if logits.shape[0] < self.r.max_outputs or logits.shape[1] != last.stride:
-            raise ValueError("the logits' memory must be (max_outputs, stride of its slot)")
-        last.data = &logits[0, 0]
+        cdef slot *last = &self.r.slots[result_slot]
+        if (result.shape[0] < self.r.max_outputs or result.shape[1] != last.stride
+                or not last.outputs):
+            raise ValueError("the result's memory must be (max_outputs, stride of its slot)")
+        last.data = &result[0, 0]
 
     cdef _set_vectors(self, list vectors):
-        cdef const float[::1] vector
-        self.r.vectors = <const float **>_allocate(len(vectors), sizeof(float *))
+        cdef const float[::1] values
+        self.r.vectors = <vector *>_allocate(len(vectors), sizeof(vector))
         self.r.n_vectors = len(vectors)
-        for i, vector in enumerate(vectors):
-            self.r.vectors[i] = &vector[0]
+        for i, values in enumerate(vectors):
+            self.r.vectors[i].data, self.r.vectors[i].n = &values[0], values.shape[0]
 
     cdef _set_matrices(self, list matrices):
         cdef const uint8_t[::1] source
         cdef matrix *m
         self.r.matrices = <matrix *>_allocate(len(matrices), sizeof(matrix))
         self.r.n_matrices = len(matrices)
-        for i, (qtype, n_rows, n_cols, source, pack, is_mapped) in enumerate(matrices):
+        for i, (qtype, n_parts, n_rows, n_cols, source, pack, is_mapped) in enumerate(matrices):
             m = &self.r.matrices[i]
-            m.qtype, m.n_rows, m.n_cols, m.is_mapped = qtype, n_rows, n_cols, is_mapped
+            m.qtype, m.n_parts, m.is_mapped = qtype, n_parts, is_mapped
+            m.n_rows, m.n_cols = n_rows, n_cols
             m.row_bytes = linear_row_bytes(qtype, n_cols)
-            if m.row_bytes == 0 or source.shape[0] != m.row_bytes * n_rows:
-                raise ValueError(f"{n_rows}x{n_cols} weights of this type do not take "
+            if m.row_bytes == 0 or source.shape[0] != m.row_bytes * n_rows * n_parts:
+                raise ValueError(f"{n_parts}x{n_rows}x{n_cols} weights of this type do not take "
                                  f"{source.shape[0]} bytes")
             m.source = &source[0]
             if pack and linear_plan(qtype, n_rows, n_cols, &m.packed) < 0:
@@ -147,20 +182,28 @@ cdef class Runner:
 
     cdef _set_ropes(self, list ropes):
         cdef const float[::1] inv_freq
+        cdef const int32_t[::1] axes
         self.r.ropes = <rope *>_allocate(len(ropes), sizeof(rope))
         self.r.n_ropes = len(ropes)
-        for i, (layout, inv_freq, magnitude) in enumerate(ropes):
+        for i, (layout, inv_freq, magnitude, axes) in enumerate(ropes):
             self.r.ropes[i].layout = rope_layouts[layout]
             self.r.ropes[i].n_rot = 2 * inv_freq.shape[0]
             self.r.ropes[i].magnitude = magnitude
-            self.r.ropes[i].inv_freq = &inv_freq[0]
+            self.r.ropes[i].inv_freq = &inv_freq[0] if inv_freq.shape[0] else NULL
+            self.r.ropes[i].axes = &axes[0] if axes is not None and axes.shape[0] else NULL
 
     cdef _set_kv(self, list kv, bint is_f16):
         self.r.kv = <kv_layer *>_allocate(len(kv), sizeof(kv_layer))
         self.r.n_kv = len(kv)
-        for i, (n_head, n_head_kv, key_length, value_length) in enumerate(kv):
-            self.r.kv[i].shape = kv_shape(n_head, n_head_kv, key_length, value_length)
+        for i, (n_head_kv, key_length, value_length, has_reach) in enumerate(kv):
+            self.r.kv[i].shape = kv_shape(n_head_kv, key_length, value_length, has_reach)
             self.r.kv[i].is_f16 = is_f16
+
+    cdef _set_states(self, list states):
+        self.r.states = <recurrent_state *>_allocate(len(states), sizeof(recurrent_state))
+        self.r.n_recurrent = len(states)
+        for i, n_floats in enumerate(states):
+            self.r.states[i].n_floats = n_floats
 
     cdef _set_sampling(self, int64_t n_vocab):
         self.memory.n_vocab = n_vocab
@@ -176,12 +219,23 @@ cdef class Runner:
     def kv_bytes(self) -> int:
         return self.r.kv_bytes
 
+    @property
+    def state_bytes(self) -> int:
+        return self.r.state_bytes
+
     def step(self, const int32_t[::1] tokens, const int32_t[::1] positions,
              const int32_t[::1] sequences, const int32_t[:, ::1] pages,
-             const int32_t[::1] outputs) -> bool:
-        """Runs the program on a batch; the logits are then in their array. False: refused."""
+             const int32_t[::1] outputs, const int32_t[:, ::1] window_pages=None,
+             const int32_t[::1] states=None, const float[:, ::1] inputs=None,
+             const int32_t[::1] input_rows=None, const int32_t[:, ::1] axes=None,
+             const int32_t[:, :, ::1] spans=None) -> bool:
+        """Runs the program on a batch; the result is then in its array. False: refused.
+
+        What the program reads must be there; without window_pages they are `pages`.
+        """
         cdef batch b
-        cdef int64_t n = tokens.shape[0]
+        memset(&b, 0, sizeof(batch))
+        cdef int64_t n = tokens.shape[0], n_sequences = pages.shape[0]
         if not self.is_open or n == 0 or pages.shape[1] == 0:
             return False
         if positions.shape[0] != n or sequences.shape[0] != n:
@@ -190,9 +244,35 @@ cdef class Runner:
             raise ValueError("made before this process was forked: its threads are in the parent")
         b.tokens, b.positions, b.sequences = &tokens[0], &positions[0], &sequences[0]
         b.n_tokens, b.n_outputs = n, outputs.shape[0]
-        b.n_sequences, b.max_pages = pages.shape[0], pages.shape[1]
-        b.pages = &pages[0, 0] if pages.shape[0] else NULL
+        b.n_sequences, b.max_pages = n_sequences, pages.shape[1]
+        b.pages = &pages[0, 0] if n_sequences else NULL
         b.outputs = &outputs[0] if outputs.shape[0] else NULL
+        if self.r.window:
+            b.window_pages = b.pages
+        if self.r.window and window_pages is not None:
+            if (window_pages.shape[0] != n_sequences or window_pages.shape[1] != b.max_pages
+                    or n_sequences == 0):
+                return False
+            b.window_pages = &window_pages[0, 0]
+        if self.r.n_recurrent:
+            if states is None or n_sequences == 0 or states.shape[0] != n_sequences:
+                return False
+            b.states = &states[0]
+        if self.r.input_width:
+            if (inputs is None or input_rows is None or input_rows.shape[0] != n
+                    or inputs.shape[1] != self.r.input_width):
+                return False
+            b.input_rows, b.n_inputs = &input_rows[0], inputs.shape[0]
+            b.inputs = &inputs[0, 0] if b.n_inputs else NULL
+        if self.r.n_axes:
+            if axes is None or axes.shape[0] != n or axes.shape[1] != self.r.n_axes:
+                return False
+            b.axes = &axes[0, 0]
+        if self.r.n_spans:
+            if (spans is None or spans.shape[0] != n or spans.shape[1] != self.r.n_spans
+                    or spans.shape[2] != 2):
+                return False
+            b.spans = &spans[0, 0, 0]
         cdef int accepted
         with nogil:
             accepted = runner_accepts(&self.r, &b)
@@ -216,7 +296,7 @@ cdef class Runner:
         return id
 
     def close(self):
-        """Ends the threads and frees the memory, but not the logits. Not while a step runs."""
+        """Ends the threads and frees the memory, but not the result. Not while a step runs."""
         if not self.is_open:
             return
         self.is_open = False

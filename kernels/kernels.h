@@ -36,29 +36,79 @@ void pool_destroy(thread_pool *pool);
 
 /* ---- the program ---- */
 
-enum op_kind {
-    OP_EMBED, OP_RMSNORM, OP_QUANTIZE, OP_LINEAR, OP_ROPE_TABLE, OP_ROPE, OP_STORE_KV, OP_ATTEND,
-    OP_SWIGLU, OP_ADD, OP_SCALE, OP_OUTPUTS, OP_KINDS
-};
+/* What lowering.py may write down: the vocabulary of recorder.py, and two operations of its own. */
+#define OPERATIONS(X) \
+    X(embed) X(embed_positions) X(given) X(place) \
+    X(rmsnorm) X(layernorm) \
+    X(quantize) X(linear) X(head_linear) \
+    X(activate) X(gate) X(add) X(scale) X(softcap) X(add_vector) X(mul_vector) X(mul_column) \
+    X(columns) X(join) X(outputs) \
+    X(rope_table) X(rope) X(temper) X(store_kv) X(attend) \
+    X(route) X(experts) X(weigh) X(mix) \
+    X(conv) X(mamba2) X(delta_net)
+
+/* As ACTIVATIONS in recorder.py */
+#define ACTIVATIONS(X) \
+    X(identity) X(silu) X(gelu) X(gelu_erf) X(gelu_quick) X(relu) X(relu2) X(sigmoid) \
+    X(silu_clamped)
+
+#define OP_KIND(name) OP_##name,
+#define FN_KIND(name) FN_##name,
+enum op_kind { OPERATIONS(OP_KIND) OP_KINDS };
+enum activation { ACTIVATIONS(FN_KIND) FN_KINDS };
+#undef OP_KIND
+#undef FN_KIND
 
 enum rope_layout { ROPE_ADJACENT, ROPE_HALVES };
 
+/* Fields that an operation does not have are -1 for slots and weights, 0 otherwise. */
 typedef struct {
-    int32_t kind;      /* enum op_kind */
-    int32_t barrier;   /* 1: all threads must have finished every operation before this one */
-    int32_t outputs;   /* 1: its rows are the batch's outputs, 0: its tokens */
-    int32_t out, a, b; /* slots; -1: none */
-    int32_t weight;    /* index of a matrix (linear, embed) or a vector (rmsnorm); -1: none */
-    int32_t bias;      /* index of a vector; -1: none */
-    int32_t width;     /* floats in a row of out, or of a where there is no out */
-    int32_t layer;     /* KV layer, or index of a rope */
-    int32_t head_dim;  /* rope */
-    int32_t window;    /* attend; 0: all */
-    float scalar;      /* eps, scale */
+    int32_t kind;       /* enum op_kind */
+    int32_t barrier;    /* 1: all threads must have finished every operation before this one */
+    int32_t outputs;    /* 1: its rows are the batch's outputs, 0: its tokens */
+    int32_t out, in[5]; /* slots, in the order of the recorder's arguments */
+    int32_t weights[3]; /* indices of matrices or vectors: WEIGHTS in lowering.py says which */
+    int32_t width;      /* floats in a row of out, or of in[0] where there is no out */
+    int32_t group;      /* norms: values of a group; rope: head_dim; quantize: columns of a part;
+                           else the width of in[0] */
+    int32_t n_head;     /* join */
+    int32_t fn;         /* enum activation */
+    int32_t begin;      /* given, place, columns: first column */
+    int32_t length, offset; /* temper */
+    int32_t weighted;   /* mix */
+    int32_t layer;      /* KV layer */
+    int32_t state;      /* recurrent state */
+    int32_t params;     /* index in the table of attentions, ropes, routings, ... */
+    float scalar;       /* eps, scale, cap, beta */
 } program_op;
 
+/* Heads in program.py */
 typedef struct {
-    int32_t n_head, n_head_kv, key_length, value_length;
+    int32_t n_head, n_head_kv, key_length, value_length, window, chunk, causal;
+    int32_t span; /* -1: none */
+    float scale, softcap;
+} attention;
+
+/* Routing in program.py */
+enum gating { GATING_SOFTMAX, GATING_SIGMOID, GATING_CHOSEN };
+
+typedef struct {
+    int32_t n_expert, n_used, gating, n_group, n_group_used, normalise;
+    float scale;
+} routing;
+
+/* Mamba2 and DeltaNet in program.py */
+typedef struct {
+    int32_t n_head, head_dim, n_group, n_state;
+} mamba2_shape;
+
+typedef struct {
+    int32_t n_key_head, n_value_head, key_length, value_length, tiled;
+} delta_net_shape;
+
+typedef struct {
+    int32_t n_head_kv, key_length, value_length;
+    int32_t has_reach; /* 1: its pages are the batch's window_pages */
 } kv_shape;
 
 /* A layer's pages, one after another; in each, one block per KV head:
@@ -73,31 +123,53 @@ typedef struct {
     uint8_t *keys, *values;
 } kv_layer;
 
-/* One token's query against its sequence's pages. */
+/* One query head of one token. */
+typedef struct {
+    const float *q; /* (key_length) */
+    float *out;     /* (value_length) */
+    int32_t first, last; /* positions that it sees */
+    float sink;     /* -inf: none */
+} attend_row;
+
+/* Rows of one sequence that read the same KV head; together they read its pages once. */
+enum { BLOCK_ROWS = 32 };
+
 typedef struct {
     const kv_layer *kv;
-    const float *q;        /* (n_head * key_length) */
-    float *out;            /* (n_head * value_length) */
+    const attention *heads;
     const int32_t *pages;
-    int32_t position, window;
-    float scale;
-} attend_query;
+    attend_row rows[BLOCK_ROWS];
+    int n_rows;
+} attend_block;
+
+/* NULL: none. A step of 0: the same for each group. */
+typedef struct {
+    const float *scale, *bias;
+    int64_t scale_step, bias_step;
+} norm_weights;
 
 /* ---- one instruction set ---- */
 
 typedef struct {
     const char *isa;
     const linear_table *linear;
-    /* x (n_groups * group): each group over its root mean square, times w (group) */
-    void (*rmsnorm)(const float *x, const float *w, int64_t n_groups, int64_t group, float eps,
-                    float *out);
+    /* x (n_groups * group): each group over its root mean square, times its weights */
+    void (*rmsnorm)(const norm_weights *w, const float *x, int64_t n_groups, int64_t group,
+                    float eps, float *out);
+    /* the same of what is left of a group without its mean, plus its bias */
+    void (*layernorm)(const norm_weights *w, const float *x, int64_t n_groups, int64_t group,
+                      float eps, float *out);
     /* table: cosines (n_rot), then signed sines (n_rot), of one position, from rope_table_row */
     void (*rope)(const float *x, const float *table, int64_t n_heads, int64_t head_dim,
                  int64_t n_rot, int layout, float *out);
     void (*store_kv)(const kv_layer *kv, const float *k, const float *v, int32_t page,
                      int32_t slot);
-    void (*attend)(const attend_query *query, int32_t kv_head, float *scratch);
-    void (*swiglu)(const float *gate, const float *up, int64_t n, float *out);
+    /* scratch: (n_rows, value_stride) */
+    void (*attend)(const attend_block *block, int32_t kv_head, float *scratch);
+    void (*activate)(int fn, const float *x, int64_t n, float *out);
+    void (*gate)(int fn, const float *gate, const float *up, int64_t n, float *out);
+    void (*softcap)(const float *x, float cap, int64_t n, float *out);
+    void (*mul)(const float *a, const float *b, int64_t n, float *out);
     void (*add)(const float *a, const float *b, float scale, int64_t n, float *out);
     void (*scale)(const float *x, float scale, int64_t n, float *out);
     /* the highest finite value of each group of SAMPLE_GROUP in x (n), -inf where none is */
@@ -106,8 +178,8 @@ typedef struct {
     double (*exp_sum)(const float *x, int64_t n, float high, float scale);
 } kernel_table;
 
-/* Rows that rope, swiglu, add, scale and quantize see are 64-byte aligned, and memory goes on to
- * the next multiple of ROW_FLOATS: they may read and write that far. */
+/* Rows that activate, gate, softcap and quantize see are 64-byte aligned, and memory goes on to the
+ * next multiple of ROW_FLOATS: they may read and write that far. */
 #define ROW_FLOATS 16
 
 extern const kernel_table kernels_scalar;
@@ -121,7 +193,7 @@ extern const kernel_table kernels_avx512_vnni;
 /* the instruction sets of this processor, slowest first; NULL after the last */
 const kernel_table *const *kernel_tables(void);
 
-/* ---- program.c ---- */
+/* ---- the runner: build.c makes it, batch.c judges what it is given, program.c runs it ---- */
 
 typedef struct {
     float *data;    /* (rows, stride); NULL: taken from the arena */
@@ -129,31 +201,52 @@ typedef struct {
     int32_t outputs;
 } slot;
 
+/* n_parts matrices of (n_rows, n_cols), one after another: experts, or heads; else 1 */
 typedef struct {
-    packed_matrix packed;  /* made by linear_plan; tile_bytes 0: rows are only looked up */
+    packed_matrix packed;  /* of the first part, made by linear_plan; tile_bytes 0: rows are only
+                              looked up */
+    size_t part_bytes;     /* from one packed part to the next */
     int32_t qtype;
-    int64_t n_rows, n_cols;
+    int64_t n_parts, n_rows, n_cols;
     size_t row_bytes;
     const uint8_t *source; /* the bytes of the file */
     int32_t is_mapped;     /* 1: pages of a file, which can be given back once they are packed */
 } matrix;
 
 typedef struct {
+    const float *data;
+    int64_t n;
+} vector;
+
+typedef struct {
     int32_t layout; /* enum rope_layout */
     int32_t n_rot;
     float magnitude;
     const float *inv_freq; /* (n_rot / 2) */
+    const int32_t *axes;   /* (n_rot / 2), columns of the batch's axes; NULL: the position */
 } rope;
 
+/* One recurrent state: n_floats for each place, zeros before a sequence's first token. */
+typedef struct {
+    int64_t n_floats;
+    float *data; /* (n_states, n_floats) */
+} recurrent_state;
+
+/* Batch in batch.py, whole; what the program does not read is NULL. */
 typedef struct {
     const int32_t *tokens, *positions, *sequences; /* (n_tokens) */
-    const int32_t *pages;                          /* (n_sequences, max_pages) */
+    const int32_t *pages, *window_pages;           /* (n_sequences, max_pages) */
     const int32_t *outputs;                        /* (n_outputs) */
-    int64_t n_tokens, n_sequences, max_pages, n_outputs;
+    const int32_t *states;                         /* (n_sequences) */
+    const float *inputs;                           /* (n_inputs, input_width) */
+    const int32_t *input_rows;                     /* (n_tokens) */
+    const int32_t *axes;                           /* (n_tokens, n_axes) */
+    const int32_t *spans;                          /* (n_tokens, n_spans, 2) */
+    int64_t n_tokens, n_sequences, max_pages, n_outputs, n_inputs;
 } batch;
 
 typedef struct {
-    _Atomic int32_t next; /* the first item of an operation that nobody has claimed */
+    _Atomic int64_t next; /* the first item of an operation that nobody has claimed */
 } claim_counter;
 
 /* The binding fills it; every array has its n_; runner_build allocates the rest. Zeroed before. */
@@ -163,23 +256,33 @@ typedef struct {
     program_op *ops;        int64_t n_ops;
     slot *slots;            int64_t n_slots;
     matrix *matrices;       int64_t n_matrices;
-    const float **vectors;  int64_t n_vectors;
+    vector *vectors;        int64_t n_vectors;
     rope *ropes;            int64_t n_ropes;
+    attention *attentions;  routing *routings;  mamba2_shape *mamba2s;  delta_net_shape *delta_nets;
     kv_layer *kv;           int64_t n_kv;
-    int64_t n_ids, n_pages, max_tokens, max_outputs, max_sequences;
+    recurrent_state *states; int64_t n_recurrent;
+    int64_t n_ids, window, input_width, n_axes, n_spans;           /* of the program */
+    int64_t n_pages, n_window_pages, n_states, max_tokens, max_outputs, max_sequences;
     /* from runner_build on */
     uint8_t *arena;         size_t arena_bytes;
     uint8_t *weights;       size_t weight_bytes;
     uint8_t *kv_memory;     size_t kv_bytes;
+    uint8_t *state_memory;  size_t state_bytes;
     float *scratch;         size_t scratch_floats; /* one piece per thread */
     claim_counter *claims;  /* (n_ops) */
-    int32_t *last;          /* (max_sequences) */
+    int32_t *first, *last;  /* (max_sequences), positions of this step; last -1: none */
+    uint8_t *taken;         /* (n_states), 1: a sequence of this step has it */
     const batch *step;      /* while a step runs */
 } runner;
 
+/* 0: no operation of that kind can be run */
+int runner_has(int kind);
+/* NULL beyond the last */
+const char *op_name(int kind);
+const char *activation_name(int fn);
 /* allocates and packs; NULL, or what went wrong */
 const char *runner_build(runner *r);
-/* 1: nothing that Batch.check in tinychat/ops/program.py would refuse */
+/* 1: nothing that Batch.check in tinychat/ops/batch.py would refuse */
 int runner_accepts(runner *r, const batch *b);
 /* a batch that was accepted */
 void runner_step(runner *r, const batch *b);

@@ -29,18 +29,23 @@ cdef extern from "kernels.h" nogil:
     enum: ROW_FLOATS
     enum: SAMPLE_GROUP
 
-    enum:
-        OP_EMBED, OP_RMSNORM, OP_QUANTIZE, OP_LINEAR, OP_ROPE_TABLE, OP_ROPE, OP_STORE_KV, OP_ATTEND
-        OP_SWIGLU, OP_ADD, OP_SCALE, OP_OUTPUTS, OP_KINDS
-
+    enum: OP_KINDS, FN_KINDS
     enum: ROPE_ADJACENT, ROPE_HALVES
+    enum: GATING_SOFTMAX, GATING_SIGMOID, GATING_CHOSEN
 
     ctypedef struct program_op:
-        int32_t kind, barrier, outputs, out, a, b, weight, bias, width, layer, head_dim, window
-        float scalar
+        pass
+    ctypedef struct attention:
+        pass
+    ctypedef struct routing:
+        pass
+    ctypedef struct mamba2_shape:
+        pass
+    ctypedef struct delta_net_shape:
+        pass
 
     ctypedef struct kv_shape:
-        int32_t n_head, n_head_kv, key_length, value_length
+        int32_t n_head_kv, key_length, value_length, has_reach
 
     ctypedef struct kv_layer:
         kv_shape shape
@@ -65,24 +70,38 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct matrix:
         packed_matrix packed
         int32_t qtype
-        int64_t n_rows, n_cols
+        int64_t n_parts, n_rows, n_cols
         size_t row_bytes
         const uint8_t *source
         int32_t is_mapped
+
+    ctypedef struct vector:
+        const float *data
+        int64_t n
 
     ctypedef struct rope:
         int32_t layout
         int32_t n_rot
         float magnitude
         const float *inv_freq
+        const int32_t *axes
+
+    ctypedef struct recurrent_state:
+        int64_t n_floats
 
     ctypedef struct batch:
         const int32_t *tokens
         const int32_t *positions
         const int32_t *sequences
         const int32_t *pages
+        const int32_t *window_pages
         const int32_t *outputs
-        int64_t n_tokens, n_sequences, max_pages, n_outputs
+        const int32_t *states
+        const float *inputs
+        const int32_t *input_rows
+        const int32_t *axes
+        const int32_t *spans
+        int64_t n_tokens, n_sequences, max_pages, n_outputs, n_inputs
 
     ctypedef struct runner:
         const kernel_table *table
@@ -93,15 +112,25 @@ cdef extern from "kernels.h" nogil:
         int64_t n_slots
         matrix *matrices
         int64_t n_matrices
-        const float **vectors
+        vector *vectors
         int64_t n_vectors
         rope *ropes
         int64_t n_ropes
+        attention *attentions
+        routing *routings
+        mamba2_shape *mamba2s
+        delta_net_shape *delta_nets
         kv_layer *kv
         int64_t n_kv
-        int64_t n_ids, n_pages, max_tokens, max_outputs, max_sequences
-        size_t weight_bytes, kv_bytes
+        recurrent_state *states
+        int64_t n_recurrent
+        int64_t n_ids, window, input_width, n_axes, n_spans
+        int64_t n_pages, n_window_pages, n_states, max_tokens, max_outputs, max_sequences
+        size_t weight_bytes, kv_bytes, state_bytes
 
+    int runner_has(int kind)
+    const char *op_name(int kind)
+    const char *activation_name(int fn)
     const char *runner_build(runner *r)
     int runner_accepts(runner *r, const batch *b)
     void runner_step(runner *r, const batch *b)

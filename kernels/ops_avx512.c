@@ -23,6 +23,11 @@ static inline vf vf_fma(vf a, vf b, vf c)
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 static inline vf vf_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline float lanes_max(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+static inline int vf_any_above(vf a, vf b)
+{
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+}
 static inline vf vf_load_f16(const uint16_t *x)
 {
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));

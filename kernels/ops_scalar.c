@@ -30,6 +30,17 @@ static inline vf vf_max(vf a, vf b)
     return (vf)(((mask)a & above) | ((mask)b & ~above));
 }
 
+static inline float lanes_max(vf v)
+{
+    const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+    return a > b ? a : b;
+}
+
+static inline int vf_any_above(vf a, vf b)
+{
+    return (a[0] > b[0]) | (a[1] > b[1]) | (a[2] > b[2]) | (a[3] > b[3]);
+}
+
 static inline vf vf_load_f16(const uint16_t *x)
 {
     return (vf){float_of_f16(x[0]), float_of_f16(x[1]), float_of_f16(x[2]), float_of_f16(x[3])};

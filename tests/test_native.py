@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -18,6 +17,8 @@ import pytest
 
 pytest.importorskip("tinychat._kernels", reason="no compiled kernels", exc_type=ImportError)
 
+from helpers_native import (  # noqa: E402
+    PAGES, U, all_outputs, both, every_level, executor_of, normal, prefill)
 from helpers_program import batch, tiny_program, weight  # noqa: E402
 from tinychat.errors import KernelError, ModelLoadError  # noqa: E402
 from tinychat.gguf_file import GGMLQuantizationType, QTensor, open_gguf  # noqa: E402
@@ -29,44 +30,6 @@ from tinychat.ops.program import Heads, Rope, plan_slots  # noqa: E402
 from tinychat.ops.recorder import Recorder  # noqa: E402
 from tinychat.ops.reference import ReferenceExecutor  # noqa: E402
 from tinychat.ops.sampling import SamplingParams  # noqa: E402
-
-U = 2.0 ** -24
-ISA_LEVELS = ("scalar", "avx2", "avx512_vnni")
-every_level = pytest.mark.parametrize("isa", ISA_LEVELS)
-
-
-def executor_of(program, isa=None, **limits) -> NativeExecutor:
-    if isa is not None and isa not in native.isa_levels():
-        pytest.skip(f"this machine has no {isa}")
-    return NativeExecutor(
-        program, isa=isa, **{"n_pages": 8, "threads": 2, "kv_type": "f32", **limits}
-    )
-
-
-def normal(rng, *shape, scale=1.0):
-    return (scale * rng.normal(size=shape)).astype(np.float32)
-
-
-def both(build, isa, step: Batch, **limits) -> tuple[np.ndarray, np.ndarray]:
-    """What kernels and reference make of one step; build(recorder) -> the last buffer."""
-    def program():
-        g = Recorder()
-        return g.finish("test", g.outputs(build(g)))
-
-    recorded = program()
-    step = replace(step, tokens=step.tokens % recorded.n_vocab)  # a narrow program has few ids
-    with_kernels = executor_of(recorded, isa, **limits)
-    got = with_kernels.step(step).copy()
-    with_kernels.close()
-    expected = ReferenceExecutor(recorded, n_pages=8, max_outputs=len(step.outputs),
-                                 kv_type=limits.get("kv_type", "f32")).step(step)
-    return got, expected
-
-
-def all_outputs(n: int, **fields) -> Batch:
-    """Tokens 0..n-1, so that an embedding gives its rows in order."""
-    return batch(range(n), outputs=range(n), **fields)
-
 
 # Operations
 
@@ -301,24 +264,6 @@ def random_program(seed: int):
             ),
         )
     return g.finish("random", g.linear(g.outputs(g.rmsnorm(x, norm(), 1e-5)), matrix(50, n_embd)))
-
-
-PAGES = [[5, 2, 7], [1, 6, 3]]
-
-
-def prefill(executor, tokens, chunk: int) -> np.ndarray:
-    parts = [
-        executor.step(
-            batch(
-                tokens[at : at + chunk],
-                range(at, min(at + chunk, len(tokens))),
-                pages=PAGES,
-                outputs=range(min(chunk, len(tokens) - at)),
-            )
-        ).copy()
-        for at in range(0, len(tokens), chunk)
-    ]
-    return np.concatenate(parts)
 
 
 @every_level

@@ -3,8 +3,9 @@ from functools import partial
 
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import GGUFFile
-from tinychat.models import llama
+from tinychat.models import deepseek2, llama, recurrent
 from tinychat.models.config import ModelConfig, Use
+from tinychat.models.experts import Experts
 from tinychat.models.llama import Family
 from tinychat.models.weights import Weights
 from tinychat.ops.program import Program
@@ -14,6 +15,8 @@ __all__ = ["ARCHITECTURES", "ModelConfig", "build_program"]
 
 _GEMMA3 = Family(norms="around", activation="gelu", window_period=6, local_base=10000.0, local_is_scaled=False,
                  root_scaled=True, wide_head_layers=62, both_ways=True)
+_LATENT = Family(rope="adjacent", mixer=deepseek2.latent_attention,
+                 experts=Experts(normalise=False))
 
 # GGUF name: what the files of a family do not say themselves
 FAMILIES = {
@@ -33,11 +36,19 @@ FAMILIES = {
                      root_scaled=True, wide_head_layers=46),
     "gemma3": _GEMMA3,
     "glm4": Family(norms="around", rope="adjacent"),
+    "glm4moe": Family(ffn_norm="post_attention_norm", experts=Experts("sigmoid")),
+    "gpt-oss": Family(ffn_norm="post_attention_norm", window_period=2,
+                      experts=Experts("chosen", activation="silu_clamped")),
     "gpt2": Family(activation="gelu"),
     "gptneox": Family(norms="either", activation="gelu_erf"),
     "granite": Family(rope="adjacent", rope_switch=True),
+    "granitehybrid": Family(rope="adjacent", rope_switch=True, mixer=recurrent.granite_hybrid),
+    "granitemoe": Family(rope="adjacent", rope_switch=True),
     "hunyuan-dense": Family(norm_after_rope=True),
     "internlm2": Family(rope="adjacent"),
+    "lfm2": Family(mixer=recurrent.lfm2, output_norm="token_embd_norm"),
+    "lfm2moe": Family(mixer=recurrent.lfm2, output_norm="token_embd_norm",
+                      experts=Experts("sigmoid")),
     "llama": Family(rope="adjacent"),
     "minicpm": Family(rope="adjacent"),
     "mistral3": Family(rope="adjacent"),
@@ -46,13 +57,21 @@ FAMILIES = {
     "nemotron": Family(activation="relu2"),
     "nomic-bert": Family(norms="added"),
     "olmo2": Family(norms="after", window_period=4, local_is_scaled=False),
+    "olmoe": Family(experts=Experts(normalise=False)),
     "orion": Family(),
     "phi2": Family(norms="beside", activation="gelu"),
     "phi3": Family(window_period=1),
     "qwen2": Family(),
+    "qwen2moe": Family(experts=Experts(normalise=False)),
     "qwen2vl": Family(axes="blocks"),
     "qwen3": Family(),
+    "qwen35": Family(ffn_norm="post_attention_norm", axes="interleaved", mixer=recurrent.qwen35),
+    "qwen35moe": Family(ffn_norm="post_attention_norm", axes="interleaved",
+                        mixer=recurrent.qwen35),
+    "qwen3moe": Family(),
+    "qwen3next": Family(ffn_norm="post_attention_norm", mixer=recurrent.qwen3_next),
     "qwen3vl": Family(axes="interleaved"),
+    "qwen3vlmoe": Family(axes="interleaved"),
     "seed_oss": Family(ffn_norm="post_attention_norm"),
     "smollm3": Family(rope="adjacent", no_rope_every=4),
     "stablelm": Family(norms="either"),
@@ -65,6 +84,7 @@ ENCODERS = {"gemma-embedding"}  # also where the file does not say so
 # GGUF name: describe(g, weights, config) -> the result
 ARCHITECTURES = {
     **{name: partial(llama.describe, family=family) for name, family in FAMILIES.items()},
+    "deepseek2": partial(deepseek2.describe, family=_LATENT),
 }
 
 
@@ -85,5 +105,6 @@ def build_program(file: GGUFFile, *, n_ctx: int | None = None, hidden: bool = Fa
     config = ModelConfig.from_metadata(file.metadata, use, is_encoder=name in ENCODERS)
     weights, g = Weights(file.tensors), Recorder(keeps_kv=config.causal)
     result = ARCHITECTURES[name](g, weights, config)
+    weights.ignore_layers(range(config.n_layer, config.n_layer + config.n_ahead))
     weights.check_all_asked(name)
     return g.finish(name, result)

@@ -187,15 +187,17 @@ class ModelConfig:
     embedding_scale: float
     residual_scale: float
     logit_scale: float             # as stored; whether it divides or multiplies is the family's
-    window: int                    # positions that layers with a window see; 0: as the family has it
+    window: int                    # positions that layers with a window see; 0: the family's
     window_layers: tuple[bool, ...] | None  # which these are, where the file says so
     window_period: int             # or every how many layers there is one without; 0: not said
     attn_softcap: float            # 0: none
     final_softcap: float
     temperature_scale: float       # growth of the queries with the position; 0: none
-    parallel_residual: bool        # attention and feed-forward part side by side, if the file says so
+    parallel_residual: bool        # the file says: attention and feed-forward part side by side
     n_deepstack: int               # layers that have features of an image of their own
     use: Use
+    n_ahead: int                   # layers behind these, which only guess at further tokens
+    keys: Keys                     # for what only some families have
 
     @staticmethod
     def from_metadata(metadata: dict[str, Any], use: Use | None = None, *,
@@ -206,18 +208,21 @@ class ModelConfig:
             raise ModelFileError("metadata key general.architecture: expected a string, "
                                  f"got {architecture!r}")
         keys = Keys(metadata, architecture)
-        n_layer = keys.integer("block_count", 1, MAX_LAYERS)
+        n_blocks = keys.integer("block_count", 1, MAX_LAYERS)
+        n_ahead = keys.integer("nextn_predict_layers", 0, n_blocks - 1, 0)
+        n_layer = n_blocks - n_ahead
         n_embd = keys.integer("embedding_length", 1, MAX_WIDTH)
         n_ctx = keys.integer("context_length", 1, MAX_CONTEXT)
-        n_head = keys.integers("attention.head_count", n_layer, 1, n_embd)
+        n_head = keys.integers("attention.head_count", n_blocks, 1, n_embd)
         key_length, value_length = head_lengths(keys, n_embd, n_head[0])
         attention_scale = keys.number("attention.scale", 0, 1e6, 0.0)
         norm = "layer" if keys.has(NORM_EPS["layer"]) and not keys.has(NORM_EPS["rms"]) else "rms"
         pattern = "attention.sliding_window_pattern"
+        window_layers = keys.flags(pattern, n_blocks) if keys.is_array(pattern) else None
         return ModelConfig(
-            architecture=architecture, n_layer=n_layer, n_embd=n_embd, n_ctx=n_ctx, n_head=n_head,
-            n_head_kv=kv_heads(keys, n_head),
-            n_ff=keys.integers("feed_forward_length", n_layer, 0, MAX_WIDTH),
+            architecture=architecture, n_layer=n_layer, n_embd=n_embd, n_ctx=n_ctx,
+            n_head=n_head[:n_layer], n_head_kv=kv_heads(keys, n_head)[:n_layer],
+            n_ff=keys.integers("feed_forward_length", n_blocks, 0, MAX_WIDTH)[:n_layer],
             n_expert=keys.integer("expert_count", 0, 1 << 16, 0),
             key_length=key_length, value_length=value_length,
             norm=norm, norm_eps=keys.number(NORM_EPS[norm], 0, 1),
@@ -228,14 +233,15 @@ class ModelConfig:
             residual_scale=keys.factor("residual_scale"),
             logit_scale=keys.factor("logit_scale"),
             window=keys.integer("attention.sliding_window", 0, MAX_CONTEXT, 0),
-            window_layers=keys.flags(pattern, n_layer) if keys.is_array(pattern) else None,
+            window_layers=window_layers,
             window_period=0 if keys.is_array(pattern) else keys.integer(pattern, 0, MAX_LAYERS, 0),
             attn_softcap=keys.number("attn_logit_softcapping", 0, 1e6, 0.0),
             final_softcap=keys.number("final_logit_softcapping", 0, 1e6, 0.0),
             temperature_scale=keys.number("attention.temperature_scale", 0, 1e3, 0.0),
             parallel_residual=keys.boolean("use_parallel_residual", False),
             n_deepstack=keys.integer("n_deepstack_layers", 0, n_layer, 0),
-            use=replace(use or Use(), n_ctx=use.n_ctx if use and use.n_ctx else n_ctx))
+            use=replace(use or Use(), n_ctx=use.n_ctx if use and use.n_ctx else n_ctx),
+            n_ahead=n_ahead, keys=keys)
 
 
 def head_lengths(keys: Keys, n_embd: int, n_head: int) -> tuple[int, int]:

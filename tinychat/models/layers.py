@@ -84,14 +84,15 @@ def embed(g: Recorder, w: Weights, config: ModelConfig, scale: float = 1.0) -> B
     return x
 
 
-def finish(g: Recorder, w: Weights, config: ModelConfig, x: Buffer) -> Buffer:
+def finish(g: Recorder, w: Weights, config: ModelConfig, x: Buffer,
+           norm_name: str = "output_norm") -> Buffer:
     """The final norm where there is one, and logits of the rows asked for, or the hidden state.
 
     `output` makes the logits, or the embedding where both are tied.
     """
     x = g.outputs(x)
-    if config.causal or w.has("output_norm.weight"):
-        x = norm(g, w, "output_norm", x, config)
+    if config.causal or w.has(f"{norm_name}.weight"):
+        x = norm(g, w, norm_name, x, config)
     name = "output" if w.has("output.weight") else "token_embd"
     if config.use.hidden:
         w.ignore("output.weight", "output.bias")
@@ -132,19 +133,20 @@ def attention(g: Recorder, w: Weights, x: Buffer, heads: Heads, rope: Rope | Non
     return linear(g, w, "attn_output", out, x.width)
 
 
-def ffn(g: Recorder, w: Weights, x: Buffer, n_ff: int, activation: str = "silu") -> Buffer:
+def ffn(g: Recorder, w: Weights, x: Buffer, n_ff: int, activation: str = "silu", *,
+        suffix: str = "") -> Buffer:
     """down(fn(gate(x)) * up(x)), or down(fn(up(x))) without a gate: x (T, E) -> (T, E).
 
-    An `ffn_up` of twice the rows has the gate in its first half.
+    An `ffn_up` of twice the rows has the gate in its first half. suffix: of the tensors' names.
     """
-    if w.has("ffn_gate.weight"):
-        gate = linear(g, w, "ffn_gate", x, n_ff)
-        up = g.gate(activation, gate, linear(g, w, "ffn_up", x, n_ff))
-    elif w.has("ffn_up.weight") and w.shape("ffn_up.weight")[0] == 2 * n_ff:
-        up = g.gate(activation, *linear_parts(g, w, "ffn_up", x, n_ff, n_ff))
+    gate, up, down = (f"ffn_{name}{suffix}" for name in ("gate", "up", "down"))
+    if w.has(f"{gate}.weight"):
+        hidden = g.gate(activation, linear(g, w, gate, x, n_ff), linear(g, w, up, x, n_ff))
+    elif w.has(f"{up}.weight") and w.shape(f"{up}.weight")[0] == 2 * n_ff:
+        hidden = g.gate(activation, *linear_parts(g, w, up, x, n_ff, n_ff))
     else:
-        up = g.activate(activation, linear(g, w, "ffn_up", x, n_ff))
-    return linear(g, w, "ffn_down", up, x.width)
+        hidden = g.activate(activation, linear(g, w, up, x, n_ff))
+    return linear(g, w, down, hidden, x.width)
 
 
 def layer_heads(config: ModelConfig, i: int, **fields) -> Heads:

@@ -3,15 +3,20 @@
 What differs between them is in the file: which tensors there are, and its numbers. What the file
 does not say is a family's traits.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from tinychat.models import layers
+from tinychat.models import experts, layers
 from tinychat.models.config import ModelConfig
+from tinychat.models.experts import Experts
 from tinychat.models.layers import norm
 from tinychat.models.rope import axes_of, local_rope, make_rope
 from tinychat.models.weights import Weights
 from tinychat.ops.program import Buffer, Heads, Rope
 from tinychat.ops.recorder import Recorder
+
+# (g, w, h, config, i, heads, rope) -> (T, E)
+Mixer = Callable[..., Buffer | None]
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Family:
     root_scaled: embeddings times sqrt(E). multiplied_logits: by the file's scale, else divided.
     wide_head_layers: a model of so many layers scales its scores by E / H, not by the head.
     both_ways: the tokens of an image attend to one another in both directions.
+    mixer: what a layer has in the place of attention, None from it where it has attention.
+    experts: of layers with a router. output_norm: the name of the last norm.
     """
 
     norms: str = "before"
@@ -59,6 +66,9 @@ class Family:
     multiplied_logits: bool = False
     wide_head_layers: int = 0
     both_ways: bool = False
+    mixer: Mixer | None = None
+    experts: Experts = Experts()
+    output_norm: str = "output_norm"
 
     def window(self, config: ModelConfig, i: int) -> int:
         """Of layer i; 0: it sees everything."""
@@ -81,12 +91,13 @@ def describe(g: Recorder, w: Weights, config: ModelConfig, family: Family) -> Bu
     """One step for the batch's tokens -> logits (n_outputs, V), or the hidden state."""
     ropes = _ropes(w, config, family)
     x = layers.embed(g, w, config, layers.root(config.n_embd) if family.root_scaled else 1.0)
-    x = layers.optional_norm(g, w, "token_embd_norm", x, config)              # (T, E)
+    if family.output_norm != "token_embd_norm":
+        x = layers.optional_norm(g, w, "token_embd_norm", x, config)          # (T, E)
     for i in range(config.n_layer):
-        heads = _heads(config, family, i)
+        heads = _heads(config, family, i) if config.n_head_kv[i] or not family.mixer else None
         x = block(g, w.layer(i), config, family, x, i, heads, ropes[i])
         x = add_deep_features(g, config, x, i)
-    x = layers.finish(g, w, config, x)
+    x = layers.finish(g, w, config, x, family.output_norm)
     if config.use.hidden:
         return x
     scale = config.logit_scale if family.multiplied_logits else 1 / config.logit_scale
@@ -124,14 +135,20 @@ def _ropes(w: Weights, config: ModelConfig, family: Family) -> list[Rope | None]
 
 
 def block(g: Recorder, w: Weights, config: ModelConfig, family: Family, x: Buffer, i: int,
-          heads: Heads, rope: Rope | None) -> Buffer:
+          heads: Heads | None, rope: Rope | None) -> Buffer:
     """Transformer block i: x (T, E) -> (T, E); the family says where its norms stand."""
     def attention(h: Buffer) -> Buffer:
+        if family.mixer:
+            out = family.mixer(g, w, h, config, i, heads, rope)
+            if out is not None:
+                return out
         return layers.attention(g, w, h, heads, rope, config,
                                 norm_after_rope=family.norm_after_rope)
 
     def ffn(h: Buffer) -> Buffer:
-        return feed_forward(g, w, h, config, i, family.activation)
+        if w.has("ffn_gate_inp.weight"):
+            return experts.ffn(g, w, h, config, i, family.experts, family.activation)
+        return layers.ffn(g, w, h, config.n_ff[i], family.activation)
 
     def normed(name: str, h: Buffer) -> Buffer:
         return norm(g, w, name, h, config)
@@ -161,12 +178,6 @@ def block(g: Recorder, w: Weights, config: ModelConfig, family: Family, x: Buffe
     if norms == "around":
         out = normed("post_ffw_norm", out)
     return g.add(x, out, residual)
-
-
-def feed_forward(g: Recorder, w: Weights, x: Buffer, config: ModelConfig, i: int,
-                 activation: str) -> Buffer:
-    """Of layer i: of experts where it has a router."""
-    return layers.ffn(g, w, x, config.n_ff[i], activation)
 
 
 def add_deep_features(g: Recorder, config: ModelConfig, x: Buffer, i: int) -> Buffer:

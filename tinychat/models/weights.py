@@ -8,7 +8,8 @@ from tinychat.errors import ModelFileError
 from tinychat.gguf_file import QTensor
 
 # Scales of the quantisation of others, frequencies of ropes that a program does not use
-SPARE = re.compile(r"(^|\.)(rope_(freqs|factors_(long|short))\.weight|input_scale|attn_rot_embd\.weight)$")
+SPARE = re.compile(r"(^|\.)(rope_(freqs|factors_(long|short))\.weight|input_scale"
+                   r"|attn_rot_embd\.weight)$")
 
 
 class Weights:
@@ -57,6 +58,11 @@ class Weights:
     def ignore(self, *names: str) -> None:
         """These have a meaning, but not for this program."""
         self._asked.update(self._prefix + name for name in names)
+
+    def ignore_layers(self, layers: range) -> None:
+        """Those whose layers this program does not run."""
+        prefixes = tuple(f"blk.{i}." for i in layers)
+        self._asked.update(name for name in self._tensors if name.startswith(prefixes))
 
     def check_all_asked(self, architecture: str) -> None:
         """A tensor that the description never asked for means a model other than the one described.

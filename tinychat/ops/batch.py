@@ -74,7 +74,7 @@ class Batch:
     def whole(self, program: Program) -> "Batch":
         """With the arrays that this program reads filled in, and None for the others."""
         n = len(self.tokens)
-        own = np.asarray(self.positions, np.int32)[:, None]
+        own = np.asarray(self.positions, np.int32).reshape(-1, 1)
         window = states = inputs = rows = axes = spans = None
         if program.window:
             window = self.pages if self.window_pages is None else self.window_pages

@@ -4,17 +4,41 @@ Lowering adds what only the kernels need: rows quantised to int8 for the block f
 all products that read them; a table of sines and cosines per rope; and the barriers between
 operations whose work is divided in different ways.
 """
+import math
 import mmap
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from tinychat import _kernels
+from tinychat.errors import KernelError
 from tinychat.gguf_file import GGMLQuantizationType, QTensor
 from tinychat.ops.meaning import dequantize
-from tinychat.ops.program import Buffer, Op, Program, Rope, plan_slots
+from tinychat.ops.batch import Limits
+from tinychat.ops.program import (
+    Buffer, DeltaNet, Heads, Mamba2, Op, Program, Rope, Routing, plan_slots)
 
-OP_DTYPE = np.dtype([*((name, "<i4") for name in _kernels.op_fields), ("scalar", "<f4")])
+# How an operation's weights are read where not all are vectors: "rows" of a matrix are looked up,
+# a "packed" one is multiplied with.
+WEIGHTS = {
+    "embed": ("rows",),
+    "embed_positions": ("rows",),
+    "linear": ("packed", "vector"),
+    "head_linear": ("packed",),
+    "experts": ("packed", "vector"),
+}
+
+PRODUCTS = ("linear", "head_linear", "experts")
+
+# Threads claim pieces of these; of all others each takes its range of the rows.
+CLAIMED = ("linear", "head_linear", "experts", "attend", "conv", "mamba2", "delta_net")
+
+# Parameters that have another name in program_op
+FIELDS = {"eps": "scalar", "scale": "scalar", "beta": "scalar", "column": "begin",
+          "head_dim": "group"}
+
+# Parameters that are structs: the field tells which row of their table, see `Tables`
+STRUCTS = ("rope", "heads", "routing", "shape")
 
 
 # Weights
@@ -22,7 +46,7 @@ OP_DTYPE = np.dtype([*((name, "<i4") for name in _kernels.op_fields), ("scalar",
 class Weights:
     """The tensors of a program as the kernels take them, each once.
 
-    matrices: [qtype, n_rows, n_cols, bytes, pack, is_mapped]; vectors: float32 arrays.
+    matrices: [qtype, n_parts, n_rows, n_cols, bytes, pack, is_mapped]; vectors: float32 arrays.
     """
 
     def __init__(self):
@@ -34,9 +58,13 @@ class Weights:
         return self._once("vector", tensor, self.vectors, lambda: np.require(
             dequantize(tensor).reshape(-1), np.float32, ["C", "A"]))
 
+    def index(self, tensor: QTensor, how: str) -> int:
+        """how: "vector", or "rows" or "packed" of a matrix, see WEIGHTS."""
+        return self.vector(tensor) if how == "vector" else self.matrix(tensor, pack=how == "packed")
+
     def matrix(self, tensor: QTensor, *, pack: bool) -> int:
         i = self._once("matrix", tensor, self.matrices, lambda: _matrix(tensor))
-        self.matrices[i][4] |= pack
+        self.matrices[i][5] |= pack
         return i
 
     def _once(self, kind: str, tensor: QTensor, entries: list, make) -> int:
@@ -48,22 +76,23 @@ class Weights:
 
 
 def _matrix(tensor: QTensor) -> list:
-    n_rows, n_cols = tensor.shape
+    *parts, n_rows, n_cols = tensor.shape
+    shape = math.prod(parts), n_rows, n_cols
     if _has_kernel(tensor):
-        return [int(tensor.qtype), n_rows, n_cols, tensor.data, False, _is_mapped(tensor.data)]
+        return [int(tensor.qtype), *shape, tensor.data, False, _is_mapped(tensor.data)]
     # The rare formats have no kernel: float16 holds their values to 11 bits
     with np.errstate(over="ignore"):  # beyond 65504: infinity, as float16 means it
         data = dequantize(tensor).astype(np.float16).reshape(-1).view(np.uint8)
-    return [int(GGMLQuantizationType.F16), n_rows, n_cols, data, False, False]
+    return [int(GGMLQuantizationType.F16), *shape, data, False, False]
 
 
 def _has_kernel(tensor: QTensor) -> bool:
-    return _kernels.activation_floats(int(tensor.qtype), *tensor.shape) is not None
+    return _kernels.activation_floats(int(tensor.qtype), *tensor.shape[-2:]) is not None
 
 
 def _activation_floats(weight: QTensor) -> int:
     """float32s that a quantised row takes for this product; 0: it reads plain float32."""
-    return _kernels.activation_floats(int(weight.qtype), *weight.shape) or 0
+    return _kernels.activation_floats(int(weight.qtype), *weight.shape[-2:]) or 0
 
 
 def _is_mapped(data: np.ndarray) -> bool:
@@ -88,15 +117,17 @@ class _Lowering:
     def __init__(self, program: Program):
         self.ops: list[Op] = []
         self.buffers = list(program.buffers)
-        self._made: dict[tuple[str, int], Buffer] = {}
+        self._made: dict[tuple, Buffer] = {}
 
     def prepared(self, op: Op) -> Op:
-        if op.name == "linear":
-            (x,), weight = op.inputs, op.weights[0]
-            width = _activation_floats(weight)
+        if op.name in PRODUCTS:
+            x, *others = op.inputs
+            group = op.weights[0].shape[-1]  # what one of its matrices multiplies with
+            width = _activation_floats(op.weights[0]) * (x.width // group)
             if width == 0:
                 return op
-            return replace(op, inputs=(self._once("quantize", x.id, width, x.rows, (x,)),))
+            quantized = self._once("quantize", (x.id, group), width, x.rows, (x,), group=group)
+            return replace(op, inputs=(quantized, *others))
         if op.name == "rope":
             (x,), rope = op.inputs, op.params["rope"]
             width = 4 * len(rope.inv_freq)
@@ -104,7 +135,7 @@ class _Lowering:
                                                      rope=rope)))
         return op
 
-    def _once(self, name: str, key: int, width: int, rows: str, inputs: tuple, **params) -> Buffer:
+    def _once(self, name: str, key, width: int, rows: str, inputs: tuple, **params) -> Buffer:
         """The buffer of this operation, recorded where it is first needed."""
         if (name, key) not in self._made:
             out = Buffer(len(self.buffers), width, f"b{len(self.buffers)}", rows)
@@ -140,7 +171,7 @@ def barriers(ops: list[Op], slot_of: list[int]) -> list[bool]:
 
 def _division(op: Op) -> str | None:
     """"tokens" or "outputs" when each thread takes its range of these rows; None: another way."""
-    if op.name in ("linear", "attend", "outputs"):
+    if op.name in CLAIMED or op.name == "outputs":
         return None
     return op.out.rows if op.out else op.inputs[0].rows
 
@@ -157,67 +188,108 @@ def _accesses(op: Op, slot_of: list[int]):
 
 # Arrays
 
-def _kernel_name(op: Op) -> str:
-    return "swiglu" if op.name == "gate" and op.params["fn"] == "silu" else op.name
+class Tables:
+    """The structs that operations share, each once: kernels.h says what is in them."""
+
+    def __init__(self):
+        self.ropes: list[tuple] = []
+        self.attentions: list[dict] = []
+        self.routings: list[dict] = []
+        self.mamba2s: list[dict] = []
+        self.delta_nets: list[dict] = []
+        self._index: dict[int, int] = {}
+
+    def index(self, params) -> int:
+        """Which row of its table these are."""
+        if id(params) not in self._index:
+            rows, make = self._of(params)
+            self._index[id(params)] = len(rows)
+            rows.append(make(params))
+        return self._index[id(params)]
+
+    def _of(self, params):
+        return {Rope: (self.ropes, _rope), Heads: (self.attentions, _attention),
+                Routing: (self.routings, _routing), Mamba2: (self.mamba2s, asdict),
+                DeltaNet: (self.delta_nets, asdict)}[type(params)]
+
+    def arrays(self) -> dict:
+        return {
+            "ropes": self.ropes,
+            "attentions": _table(self.attentions, _kernels.attention_fields),
+            "routings": _table(self.routings, _kernels.routing_fields),
+            "mamba2s": _table(self.mamba2s, _kernels.mamba2_fields),
+            "delta_nets": _table(self.delta_nets, _kernels.delta_net_fields),
+        }
 
 
-def _op_row(op: Op, barrier: bool, slot_of: list[int], weights: Weights, ropes: list[Rope]) -> dict:
+def _rope(rope: Rope) -> tuple:
+    axes = None if rope.axes is None else np.array(rope.axes, np.int32)
+    return rope.layout, np.require(rope.inv_freq, np.float32, ["C", "A"]), rope.magnitude, axes
+
+
+def _attention(heads: Heads) -> dict:
+    return {**asdict(heads), "span": -1 if heads.span is None else heads.span}
+
+
+def _routing(routing: Routing) -> dict:
+    return {**asdict(routing), "gating": _kernels.gatings[routing.gating]}
+
+
+def _op_row(op: Op, barrier: bool, slot_of: list[int], weights: Weights, tables: Tables) -> dict:
     """The fields of program_op in kernels.h."""
+    if op.name not in _kernels.op_kinds:
+        raise KernelError(f"no kernel for {op.name}")
     first = op.out or op.inputs[0]
-    row = {"kind": _kernels.op_kinds[_kernel_name(op)], "barrier": barrier,
+    slots, indices = [-1] * 5, [-1] * 3
+    slots[:len(op.inputs)] = (slot_of[buffer.id] for buffer in op.inputs)
+    reading = WEIGHTS.get(op.name, ("vector",) * len(op.weights))
+    indices[:len(op.weights)] = map(weights.index, op.weights, reading)
+    row = {"kind": _kernels.op_kinds[op.name], "barrier": barrier,
            "outputs": first.rows == "outputs", "out": slot_of[op.out.id] if op.out else -1,
-           "a": -1, "b": -1, "weight": -1, "bias": -1, "width": first.width,
-           "layer": op.params.get("layer", 0), "head_dim": op.params.get("head_dim", 0),
-           "scalar": op.params.get("eps", op.params.get("scale", 0.0))}
-    row.update(zip(("a", "b"), (slot_of[b.id] for b in op.inputs)))
-    if op.name == "rmsnorm":
-        row.update(weight=weights.vector(op.weights[0]), head_dim=op.weights[0].shape[0])
-    elif op.name in ("embed", "linear"):
-        row["weight"] = weights.matrix(op.weights[0], pack=op.name == "linear")
-        row["bias"] = weights.vector(op.weights[1]) if len(op.weights) > 1 else -1
-    elif op.name in ("rope", "rope_table"):
-        row["layer"] = _rope_index(op.params["rope"], ropes)
-    elif op.name == "attend":
-        row.update(window=op.params["heads"].window, scalar=op.params["heads"].scale)
-    if op.name == "quantize":
-        row["width"] = op.inputs[0].width
+           "in": slots, "weights": indices, "group": op.inputs[0].width if op.inputs else 0,
+           "width": op.inputs[0].width if op.name == "quantize" else first.width}
+    for name, value in op.params.items():
+        if name in STRUCTS:
+            row["params"] = tables.index(value)
+        else:
+            row[FIELDS.get(name, name)] = _kernels.activations[value] if name == "fn" else value
     return row
 
 
-def _rope_index(rope: Rope, ropes: list[Rope]) -> int:
-    for i, known in enumerate(ropes):
-        if known is rope:
-            return i
-    ropes.append(rope)
-    return len(ropes) - 1
-
-
-def _table(rows: list[dict]) -> np.ndarray:
-    table = np.zeros(len(rows), OP_DTYPE)
+def _table(rows: list[dict], fields: list) -> np.ndarray:
+    table = np.zeros(len(rows), fields)
     for i, row in enumerate(rows):
         for name, value in row.items():
-            table[name][i] = value
+            try:
+                table[name][i] = value
+            except OverflowError:
+                raise KernelError(f"{name} is {value}, more than the kernels can count") from None
     return table
 
 
-def lowered_arrays(program: Program) -> dict:
-    """Keyword arguments of _kernels.Runner that follow from the program alone."""
+def lowered_arrays(program: Program, limits: Limits) -> dict:
+    """Keyword arguments of _kernels.Runner that follow from the program and the limits.
+
+    Raises: KernelError for an operation without a kernel.
+    """
     lowered = lower(program)
     slot_of, widths = plan_slots(lowered)
     rows_of = {slot_of[buffer.id]: buffer.rows for buffer in lowered.buffers}
-    weights, ropes = Weights(), []
+    weights, tables = Weights(), Tables()
     waits = barriers(lowered.ops, slot_of)
-    ops = _table([_op_row(op, wait, slot_of, weights, ropes)
-                  for op, wait in zip(lowered.ops, waits)])
+    ops = [_op_row(op, wait, slot_of, weights, tables) for op, wait in zip(lowered.ops, waits)]
     return {
-        "ops": ops,
+        "ops": _table(ops, _kernels.op_fields),
         "slots": [(-width % _kernels.row_floats + width, rows_of[slot] == "outputs")
                   for slot, width in enumerate(widths)],
-        "logits_slot": slot_of[lowered.result.id],
+        "result_slot": slot_of[lowered.result.id],
         "vectors": weights.vectors,
         "matrices": [tuple(matrix) for matrix in weights.matrices],
-        "ropes": [(rope.layout, np.require(rope.inv_freq, np.float32, ["C", "A"]), rope.magnitude)
-                  for rope in ropes],
-        "kv": [(h.n_head, h.n_head_kv, h.key_length, h.value_length) for h in lowered.kv],
-        "n_ids": program.n_ids,
+        **tables.arrays(),
+        "kv": [(h.n_head_kv, h.key_length, h.value_length, h.reach > 0) for h in program.kv],
+        "states": list(program.states),
+        "n_vocab": program.n_vocab,
+        "sizes": {
+            "n_ids": program.n_ids, "window": program.window, "input_width": program.input_width,
+            "n_axes": program.n_axes, "n_spans": program.n_spans, **asdict(limits)},
     }

@@ -70,13 +70,24 @@ def _aligned(n_rows: int, stride: int) -> np.ndarray:
     return memory[begin:begin + n_rows * stride].reshape(n_rows, stride)
 
 
-def _check_size(arrays: dict, n_pages: int, n_rows: int) -> None:
+def _check_size(arrays: dict, limits: Limits) -> None:
     """Raises MemoryError where the kernels' own arithmetic could overflow."""
     page_floats = PAGE_TOKENS * sum(n_head_kv * (n_key + n_value + _kernels.row_floats)
-                                    for _, n_head_kv, n_key, n_value in arrays["kv"])
+                                    for n_head_kv, n_key, n_value, _ in arrays["kv"])
+    n_pages = max(limits.n_pages, limits.n_window_pages)
     row_floats = sum(stride for stride, _ in arrays["slots"])
-    if 4 * max(n_pages * page_floats, n_rows * row_floats) >= 1 << 47:
+    n_rows = max(limits.max_tokens, limits.max_outputs)
+    state_floats = sum(arrays["states"])
+    if 4 * max(n_pages * page_floats, n_rows * row_floats,
+               limits.n_states * state_floats) >= 1 << 47:
         raise MemoryError("more than any machine has")
+
+
+def _arrays_read(program: Program) -> list[str]:
+    """The arrays of a batch that not every program reads, but this one."""
+    return (["window_pages"] * bool(program.window) + ["states"] * bool(program.states)
+            + ["inputs", "input_rows"] * bool(program.input_width)
+            + ["axes"] * bool(program.n_axes) + ["spans"] * bool(program.n_spans))
 
 
 # The executor
@@ -100,24 +111,23 @@ class NativeExecutor:
         self.name = f"native {self.isa}"
         self.threads = default_threads() if threads is None else threads
         self._stepping, self._sampling = threading.Lock(), threading.Lock()
+        self._reads = _arrays_read(program)
         self._runner = self._make_runner(kv_type)
 
     def _make_runner(self, kv_type: str):
-        arrays = lowered_arrays(self.program)
-        stride = arrays["slots"][arrays["logits_slot"]][0]
+        arrays = lowered_arrays(self.program, self.limits)
+        stride = arrays["slots"][arrays["result_slot"]][0]
         try:
-            _check_size(arrays, self.limits.n_pages, max(self.limits.max_tokens, self.limits.max_outputs))
-            self._logits = _aligned(max(self.limits.max_outputs, 1), stride)
-            return _kernels.Runner(
-                self.isa, self.threads, **arrays, logits=self._logits, kv_is_f16=kv_type == "f16",
-                n_vocab=self.program.n_vocab, n_pages=self.limits.n_pages, max_tokens=self.limits.max_tokens,
-                max_outputs=self.limits.max_outputs, max_sequences=self.limits.max_sequences)
+            _check_size(arrays, self.limits)
+            self._result = _aligned(self.limits.max_outputs, stride)
+            return _kernels.Runner(self.isa, self.threads, **arrays, result=self._result,
+                                   kv_is_f16=kv_type == "f16")
         except ValueError as error:
             raise KernelError(f"{self.program.name}: {error}") from None
         except (MemoryError, OverflowError) as error:
             raise ModelLoadError(f"{self.program.name}: no memory for the weights, "
-                                 f"{self.limits.n_pages} KV pages and steps of {self.limits.max_tokens} "
-                                 f"tokens: {error}") from None
+                                 f"{self.limits.n_pages} KV pages and steps of "
+                                 f"{self.limits.max_tokens} tokens: {error}") from None
 
     @property
     def weight_bytes(self) -> int:
@@ -128,8 +138,12 @@ class NativeExecutor:
     def kv_bytes(self) -> int:
         return self._runner.kv_bytes
 
+    @property
+    def state_bytes(self) -> int:
+        return self._runner.state_bytes
+
     def step(self, batch: Batch) -> np.ndarray:
-        """Logits float32 (n_outputs, n_vocab), a view that is valid until the next step.
+        """The program's result float32 (n_outputs, width), a view that is valid until the next step.
 
         Raises: KernelError for a batch that this executor cannot run, or while a step runs.
         """
@@ -139,18 +153,28 @@ class NativeExecutor:
             self._run(batch)
         finally:
             self._stepping.release()
-        return self._logits[:len(batch.outputs), :self.program.n_vocab]
+        return self._result[:len(batch.outputs), :self.program.n_vocab]
 
     def _run(self, batch: Batch) -> None:
         try:
             accepted = self._runner.step(batch.tokens, batch.positions, batch.sequences,
-                                         batch.pages, batch.outputs)
+                                         batch.pages, batch.outputs, **self._read_besides(batch))
             reason = "this executor is closed"
         except (TypeError, ValueError) as error:
             accepted, reason = False, str(error)
         if not accepted:
-            batch.check(self.program, self.limits)
+            batch.whole(self.program).check(self.program, self.limits)
             raise KernelError(f"the kernels refused the batch: {reason}")
+
+    def _read_besides(self, batch: Batch) -> dict:
+        """The arrays that this program reads beside those of every batch, whole.
+
+        NOTE: making a Batch whole costs as much as a step of a tiny model, so it is only done
+        where something is missing; for window_pages the Runner knows what to take.
+        """
+        if any(getattr(batch, name) is None for name in self._reads if name != "window_pages"):
+            batch = batch.whole(self.program)
+        return {name: getattr(batch, name) for name in self._reads}
 
     def sample(self, logits_row: np.ndarray, params, recent_ids, coin: float) -> int:
         """A token id, as tinychat.ops.sampling.sample means it.

@@ -148,11 +148,14 @@ class Recorder:
 
     def rope(self, x: Buffer, head_dim: int, rope: Rope) -> Buffer:
         """Turn each head of `x (T, n_head * head_dim)` by its token's position."""
+        assert x.width % head_dim == 0 and 2 * len(rope.inv_freq) <= head_dim, (x, head_dim, rope)
+        assert rope.axes is None or len(rope.axes) == len(rope.inv_freq), rope
         self._n_axes = max(self._n_axes, *(axis + 1 for axis in rope.axes or (-1,)), 0)
         return self._record("rope", x.width, (x,), head_dim=head_dim, rope=rope)
 
     def temper(self, x: Buffer, beta: float, length: int, offset: int = 0) -> Buffer:
         """x * (1 + beta * log(1 + floor((position + offset) / length)))."""
+        assert length > 0, length
         return self._record("temper", x.width, (x,), beta=float(beta), length=length, offset=offset)
 
     def attend(self, q: Buffer, k: Buffer, v: Buffer, heads: Heads,
@@ -163,6 +166,8 @@ class Recorder:
         -> (T, n_head * value_length). Head h reads KV head h // (n_head / n_head_kv).
         sinks (n_head,): one more score in the softmax's denominator.
         """
+        assert k.width == heads.n_head_kv * heads.key_length, (k, heads)
+        assert v.width == heads.n_head_kv * heads.value_length, (v, heads)
         layer = self._kv_layer(heads)
         self._ops.append(Op("store_kv", None, (k, v), (), {"layer": layer}))
         return self.attend_again(q, layer, heads, sinks)
@@ -170,6 +175,10 @@ class Recorder:
     def attend_again(self, q: Buffer, layer: int, heads: Heads,
                      sinks: QTensor | None = None) -> Buffer:
         """Attend from q to the keys and values of KV layer `layer`, stored before."""
+        assert q.width == heads.n_head * heads.key_length, (q, heads)
+        assert heads.n_head % heads.n_head_kv == 0, heads
+        assert _stored_alike(heads, self._kv[layer]), (heads, self._kv[layer])
+        assert sinks is None or _length(sinks) == heads.n_head, (sinks, heads)
         if heads.span is not None:
             self._n_spans = max(self._n_spans, heads.span + 1)
         width = heads.n_head * heads.value_length
@@ -182,8 +191,7 @@ class Recorder:
     def _kv_layer(self, heads: Heads) -> int:
         if not self._keeps_kv:
             for i, other in enumerate(self._kv):
-                if (heads.n_head_kv, heads.key_length, heads.value_length) == (
-                        other.n_head_kv, other.key_length, other.value_length):
+                if _stored_alike(heads, other):
                     return i
         self._kv.append(heads)
         return len(self._kv) - 1
@@ -246,6 +254,12 @@ class Recorder:
     def finish(self, name: str, result: Buffer) -> Program:
         return Program(name, tuple(self._ops), tuple(self._buffers), tuple(self._kv), result,
                        tuple(self._states), self._input_width, self._n_axes, self._n_spans)
+
+
+def _stored_alike(a: Heads, b: Heads) -> bool:
+    """Whether keys and values of both have the same shape and are let go of at the same time."""
+    return (a.n_head_kv, a.key_length, a.value_length, a.reach) == (
+        b.n_head_kv, b.key_length, b.value_length, b.reach)
 
 
 def _length(weight: QTensor) -> int:

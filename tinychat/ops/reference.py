@@ -6,7 +6,6 @@ oracle of the tests, and the fallback where no kernel could be built.
 import numpy as np
 
 from tinychat.errors import KernelError, ModelLoadError
-from tinychat.gguf_file import QTensor
 from tinychat.ops import meaning, mixers, sampling
 from tinychat.ops.batch import Batch, Limits
 from tinychat.ops.meaning import dequantize
