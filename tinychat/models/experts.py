@@ -47,7 +47,7 @@ def routing_of(config: ModelConfig, family: Experts) -> Routing:
 def ffn(g: Recorder, w: Weights, x: Buffer, config: ModelConfig, i: int, family: Experts,
         activation: str) -> Buffer:
     """The chosen experts' outputs mixed, plus the shared expert's: x (T, E) -> (T, E)."""
-    n_ff = config.keys.integer("expert_feed_forward_length", 0, 1 << 24, 0) or config.n_ff[i]
+    n_ff = w.tensor("ffn_down_exps.weight", config.n_expert, None, None).shape[2]
     logits = layers.linear(g, w, "ffn_gate_inp", x, config.n_expert)          # (T, X)
     out = mixed(g, w, x, logits, config, n_ff, family, family.activation or activation)
     shared = shared_expert(g, w, x, activation)

@@ -32,8 +32,12 @@ def linear_parts(g: Recorder, w: Weights, name: str, x: Buffer, *widths: int) ->
 
 
 def norm(g: Recorder, w: Weights, name: str, x: Buffer, config: ModelConfig) -> Buffer:
-    """The file's kind of norm over a row, by NAME.weight, and NAME.bias if it is there."""
-    weight, bias = w.tensor(f"{name}.weight", x.width), w.optional(f"{name}.bias", x.width)
+    """The file's kind of norm over a row, by NAME.weight, and NAME.bias if it is there.
+
+    Falcon-H1's files have one that is called NAME.
+    """
+    own = f"{name}.weight" if w.has(f"{name}.weight") or not w.has(name) else name
+    weight, bias = w.tensor(own, x.width), w.optional(f"{name}.bias", x.width)
     return _normed(g, x, weight, bias, config, x.width)
 
 

@@ -149,6 +149,12 @@ def gated_attention(g: Recorder, w: Weights, h: Buffer, config: ModelConfig, hea
 
 # Mixers of families
 
+def falcon_h1(g, w, h, config, i, heads, rope) -> Buffer:
+    """Both side by side."""
+    attended = layers.attention(g, w, h, heads, rope, config)
+    return g.add(attended, mamba2(g, w, h, config))
+
+
 def granite_hybrid(g, w, h, config, i, heads, rope) -> Buffer | None:
     return None if config.n_head_kv[i] else mamba2(g, w, h, config, grouped_norm=False)
 
