@@ -280,6 +280,15 @@ cdef class Runner:
                 runner_step(&self.r, &b)
         return accepted
 
+    def copy_state(self, int64_t source, int64_t target):
+        """What place `source` of the recurrent states holds, to `target`. Not while a step runs."""
+        if not self.is_open:
+            return
+        if not (0 <= source < self.r.n_states and 0 <= target < self.r.n_states):
+            raise ValueError(f"expected places below {self.r.n_states}, got {source} and {target}")
+        with nogil:
+            runner_copy_state(&self.r, source, target)
+
     def sample(self, const float[::1] logits, const int64_t[::1] recent, double coin, *,
                double temperature, double top_p, int64_t top_k, double min_p,
                double repeat_penalty) -> int:

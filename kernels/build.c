@@ -73,6 +73,20 @@ static int place_kv(runner *r)
     return 0;
 }
 
+/* What the threads need for routing and for gathering the tokens of an expert. */
+static void count_scratch(runner *r)
+{
+    int64_t most = (int64_t)r->scratch_floats;
+    for (const program_op *op = r->ops; op < r->ops + r->n_ops; op++) {
+        if (op->kind == OP_route)
+            most = at_least(most, 4 * (int64_t)r->routings[op->params].n_expert);
+        if (op->kind == OP_experts)
+            most = at_least(most, EXPERT_TOKENS * (r->slots[op->in[0]].stride +
+                                                   EXPERT_TILES * TILE_ROWS));
+    }
+    r->scratch_floats = (size_t)round_up(most, ROW_FLOATS);
+}
+
 static int place_states(runner *r)
 {
     size_t floats = 0;
@@ -148,8 +162,10 @@ const char *runner_build(runner *r)
     r->first = zeroed(r->max_sequences, sizeof *r->first);
     r->last = zeroed(r->max_sequences, sizeof *r->last);
     r->taken = zeroed(r->n_states, sizeof *r->taken);
-    if (!r->claims || !r->first || !r->last || !r->taken || place_kv(r) || place_states(r) ||
-        place_slots(r) || place_weights(r))
+    if (!r->claims || !r->first || !r->last || !r->taken || place_kv(r) || place_states(r))
+        return "out of memory";
+    count_scratch(r);
+    if (place_slots(r) || place_weights(r))
         return "out of memory";
     pool_run(r->pool, pack, r);
     return NULL;

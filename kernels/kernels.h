@@ -148,6 +148,17 @@ typedef struct {
     int64_t scale_step, bias_step;
 } norm_weights;
 
+/* One head of one token of the recurrent mixers. */
+typedef struct {
+    const float *x, *b, *c;
+    float dt, decay, d;
+} mamba2_step;
+
+typedef struct {
+    const float *q, *k, *v;
+    float decay, beta;
+} delta_net_step;
+
 /* ---- one instruction set ---- */
 
 typedef struct {
@@ -172,6 +183,12 @@ typedef struct {
     void (*mul)(const float *a, const float *b, int64_t n, float *out);
     void (*add)(const float *a, const float *b, float scale, int64_t n, float *out);
     void (*scale)(const float *x, float scale, int64_t n, float *out);
+    /* state (n_value, n_state) */
+    void (*mamba2)(const mamba2_step *step, float *state, int64_t n_value, int64_t n_state,
+                   float *out);
+    /* state (n_key, n_value) */
+    void (*delta_net)(const delta_net_step *step, float *state, int64_t n_key, int64_t n_value,
+                      float *out);
     /* the highest finite value of each group of SAMPLE_GROUP in x (n), -inf where none is */
     void (*group_maxima)(const float *x, int64_t n, float *maxima);
     /* sum of exp((x - high) * scale) over the finite x (n) */
@@ -245,6 +262,9 @@ typedef struct {
     int64_t n_tokens, n_sequences, max_pages, n_outputs, n_inputs;
 } batch;
 
+/* Tokens gathered for one expert, and tiles of its matrix, that are multiplied together. */
+enum { EXPERT_TOKENS = 32, EXPERT_TILES = 8 };
+
 typedef struct {
     _Atomic int64_t next; /* the first item of an operation that nobody has claimed */
 } claim_counter;
@@ -286,6 +306,8 @@ const char *runner_build(runner *r);
 int runner_accepts(runner *r, const batch *b);
 /* a batch that was accepted */
 void runner_step(runner *r, const batch *b);
+/* what one place of the recurrent states holds to another; not while a step runs */
+void runner_copy_state(runner *r, int64_t source, int64_t target);
 void runner_free(runner *r);
 
 /* ---- sample.c: the twin of tinychat/ops/sampling.py ---- */

@@ -134,6 +134,7 @@ cdef extern from "kernels.h" nogil:
     const char *runner_build(runner *r)
     int runner_accepts(runner *r, const batch *b)
     void runner_step(runner *r, const batch *b)
+    void runner_copy_state(runner *r, int64_t source, int64_t target)
     void runner_free(runner *r)
 
     ctypedef struct ranked:

@@ -22,6 +22,7 @@ typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 
 #include "attend_impl.h"
 #include "rows_impl.h"
+#include "mixers_impl.h"
 #include "sample_impl.h"
 
 const kernel_table KERNELS = {
@@ -38,6 +39,8 @@ const kernel_table KERNELS = {
     .mul = mul,
     .add = add,
     .scale = scale_row,
+    .mamba2 = mamba2,
+    .delta_net = delta_net,
     .group_maxima = group_maxima,
     .exp_sum = exp_sum,
 };

@@ -10,7 +10,9 @@ static run_op *const run_table[OP_KINDS] = {
     [OP_layernorm] = run_layernorm, [OP_activate] = run_activate, [OP_softcap] = run_softcap,
     [OP_add_vector] = run_add_vector, [OP_mul_vector] = run_mul_vector,
     [OP_mul_column] = run_mul_column, [OP_columns] = run_columns, [OP_join] = run_join,
-    [OP_temper] = run_temper,
+    [OP_temper] = run_temper, [OP_head_linear] = run_head_linear, [OP_route] = run_route,
+    [OP_experts] = run_experts, [OP_weigh] = run_weigh, [OP_mix] = run_mix, [OP_conv] = run_conv,
+    [OP_mamba2] = run_mamba2, [OP_delta_net] = run_delta_net,
 };
 
 #define NAME(name) #name,

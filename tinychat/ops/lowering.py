@@ -19,13 +19,14 @@ from tinychat.ops.program import (
     Buffer, DeltaNet, Heads, Mamba2, Op, Program, Rope, Routing, plan_slots)
 
 # How an operation's weights are read where not all are vectors: "rows" of a matrix are looked up,
-# a "packed" one is multiplied with.
+# a "packed" one is multiplied with, of a small one the "columns" are read.
 WEIGHTS = {
     "embed": ("rows",),
     "embed_positions": ("rows",),
     "linear": ("packed", "vector"),
     "head_linear": ("packed",),
     "experts": ("packed", "vector"),
+    "conv": ("columns", "vector"),
 }
 
 PRODUCTS = ("linear", "head_linear", "experts")
@@ -59,8 +60,13 @@ class Weights:
             dequantize(tensor).reshape(-1), np.float32, ["C", "A"]))
 
     def index(self, tensor: QTensor, how: str) -> int:
-        """how: "vector", or "rows" or "packed" of a matrix, see WEIGHTS."""
-        return self.vector(tensor) if how == "vector" else self.matrix(tensor, pack=how == "packed")
+        """how: "vector", a matrix as a vector of its "columns", or a matrix, see WEIGHTS."""
+        if how == "vector":
+            return self.vector(tensor)
+        if how == "columns":
+            return self._once("columns", tensor, self.vectors, lambda: np.require(
+                dequantize(tensor).T.reshape(-1), np.float32, ["C", "A"]))
+        return self.matrix(tensor, pack=how == "packed")
 
     def matrix(self, tensor: QTensor, *, pack: bool) -> int:
         i = self._once("matrix", tensor, self.matrices, lambda: _matrix(tensor))

@@ -176,6 +176,11 @@ class NativeExecutor:
             batch = batch.whole(self.program)
         return {name: getattr(batch, name) for name in self._reads}
 
+    def copy_state(self, source: int, target: int) -> None:
+        """What recurrent state place `source` holds, to `target`; waits for a step that runs."""
+        with self._stepping:
+            self._runner.copy_state(source, target)
+
     def sample(self, logits_row: np.ndarray, params, recent_ids, coin: float) -> int:
         """A token id, as tinychat.ops.sampling.sample means it.
 
