@@ -134,7 +134,7 @@ def delta_model(ffn: dict, ba: dict) -> dict:
     return model([net | rest] * 3 + [full | rest])
 
 
-DELTA_KEYS = {"ssm.conv_kernel": 4, "ssm.inner_size": 48, "ssm.state_size": 8,
+DELTA_KEYS = {"attention.layer_norm_rms_epsilon": 1e-6, "ssm.conv_kernel": 4, "ssm.inner_size": 48, "ssm.state_size": 8,
               "ssm.time_step_rank": 6, "ssm.group_count": 2, "rope.dimension_count": 8}
 SHARED_GATE = {"ffn_gate_inp_shexp.weight": (1, E)}
 
@@ -164,7 +164,7 @@ def glm_model() -> dict:
 RELATIVES = {
     "mixtral": ("llama", {"expert_count": X, "expert_used_count": U},
                 attention_model(experts(n=64))),
-    "olmoe": ("olmoe", EXPERTS | THREE_HEADS, model(
+    "olmoe": ("olmoe", EXPERTS | THREE_HEADS | {"feed_forward_length": F}, model(
         [square(3) | FFN_NORM | experts()
          | {"attn_q_norm.weight": (E,), "attn_k_norm.weight": (E,)}] * L)),
     "qwen2moe": ("qwen2moe", THREE_HEADS | {

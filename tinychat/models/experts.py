@@ -97,8 +97,9 @@ def shared_expert(g: Recorder, w: Weights, x: Buffer, activation: str) -> Buffer
         return None
     n_ff = w.shape("ffn_up_shexp.weight")[0]
     out = layers.ffn(g, w, x, n_ff, activation, suffix="_shexp")
-    if not w.has("ffn_gate_inp_shexp.weight"):
+    name = "ffn_gate_inp_shexp.weight"
+    if not w.has(name):
         return out
-    shape = w.shape("ffn_gate_inp_shexp.weight")
-    row = reshaped(w.tensor("ffn_gate_inp_shexp.weight", *shape), 1, shape[-1])
+    shape = (x.width,) if len(w.shape(name)) == 1 else (1, x.width)
+    row = reshaped(w.tensor(name, *shape), 1, x.width)
     return g.mul_column(out, g.activate("sigmoid", g.linear(x, row)))

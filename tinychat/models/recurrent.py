@@ -151,7 +151,7 @@ def gated_attention(g: Recorder, w: Weights, h: Buffer, config: ModelConfig, hea
 
 def falcon_h1(g, w, h, config, i, heads, rope) -> Buffer:
     """Both side by side."""
-    attended = layers.attention(g, w, h, heads, rope, config)
+    attended = layers.attention(g, w, h, heads(), rope, config)
     return g.add(attended, mamba2(g, w, h, config))
 
 
@@ -169,7 +169,7 @@ def qwen3_next(g, w, h, config, i, heads, rope, *, tiled: bool = False) -> Buffe
     every = config.keys.integer("full_attention_interval", 1, 4096, 4)
     if recurrent[i] if recurrent else (i + 1) % every:
         return delta_net(g, w, h, config, tiled=tiled)
-    return gated_attention(g, w, h, config, heads, rope)
+    return gated_attention(g, w, h, config, heads(), rope)
 
 
 def qwen35(g, w, h, config, i, heads, rope) -> Buffer:

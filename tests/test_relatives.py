@@ -1,0 +1,108 @@
+"""Families without golden files: tiny models of each, beside what llama.cpp makes of them."""
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from helpers_golden import PAGES, prefill, step
+from helpers_relatives import BASE, LOGITS, RELATIVES, ROWS, TOKENS, write_relative
+from tinychat.errors import ModelFileError
+from tinychat.gguf_file import open_gguf
+from tinychat.models import build_program
+from tinychat.ops.reference import ReferenceExecutor
+
+every_relative = pytest.mark.parametrize("name", RELATIVES)
+
+
+@pytest.fixture(scope="module")
+def path_of(tmp_path_factory):
+    """name -> the file, made once."""
+    folder, made = tmp_path_factory.mktemp("relatives"), {}
+
+    def path(name: str):
+        if name not in made:
+            made[name] = write_relative(folder / f"{name}.gguf", name)
+        return made[name]
+    return path
+
+
+def executor_of(path):
+    with open_gguf(path) as file:
+        program = build_program(file)
+    return ReferenceExecutor(program, n_pages=PAGES.size, max_tokens=128, max_outputs=128,
+                             max_sequences=2, kv_type="f32")
+
+
+def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(logits - expected).max() <= 2e-4 * expected.std()
+
+
+@every_relative
+def test_logits_agree_with_those_of_llama_cpp(name, path_of):
+    with np.load(LOGITS) as expected:
+        assert_close(step(executor_of(path_of(name)), (0, 0, TOKENS))[ROWS], expected[name])
+
+
+@every_relative
+def test_a_prompt_in_chunks_beside_another_gives_the_same_logits(name, path_of):
+    executor, half = executor_of(path_of(name)), len(TOKENS) // 2
+    whole = step(executor, (0, 0, TOKENS))
+    assert_close(prefill(executor, TOKENS, 11), whole)
+    first = step(executor, (1, 0, TOKENS[:half]))
+    mixed = step(executor, (0, 0, TOKENS), (1, half, TOKENS[half:]))
+    assert_close(np.concatenate([first, mixed[len(TOKENS):]]), whole)
+    assert_close(mixed[:len(TOKENS)], whole)
+
+
+def opened(path) -> SimpleNamespace:
+    """What build_program reads of a file, to be changed."""
+    with open_gguf(path) as file:
+        return SimpleNamespace(architecture=file.architecture, metadata=dict(file.metadata),
+                               tensors=dict(file.tensors))
+
+
+@every_relative
+def test_a_misshapen_tensor_is_refused_by_name(name, path_of):
+    file = opened(path_of(name))
+    for wrong, tensor in list(file.tensors.items()):
+        if name == "glm4moe" and wrong.startswith("blk.4."):  # of a layer that is not run
+            continue
+        file.tensors[wrong] = replace(tensor, shape=(*tensor.shape[:-1], tensor.shape[-1] + 1))
+        with pytest.raises(ModelFileError, match="tensor "):
+            build_program(file)
+        file.tensors[wrong] = tensor
+
+
+@every_relative
+def test_without_a_tensor_the_file_is_refused_or_means_another_model(name, path_of):
+    file = opened(path_of(name))
+    for missing, tensor in list(file.tensors.items()):
+        del file.tensors[missing]
+        try:
+            build_program(file)
+        except ModelFileError as error:
+            assert "tensor" in str(error) and "\n" not in str(error)
+        else:
+            assert missing.endswith((".bias", "norm.weight", "output.weight", "shexp.weight",
+                                     "gate.weight", "gate_exps.weight")) \
+                or missing.startswith("blk.4.")
+        file.tensors[missing] = tensor
+
+
+@every_relative
+def test_absurd_numbers_are_refused_in_one_line(name, path_of):
+    arch, own, _ = RELATIVES[name]
+    file = opened(path_of(name))
+    for key in BASE | own:
+        full = f"{arch}.{key}"
+        if full not in file.metadata:
+            continue
+        right = file.metadata[full]
+        for wrong in (0, 1, 3, -1, 2**31, 0.5, float("nan"), True, "x", [], [1, 2], None):
+            file.metadata[full] = wrong
+            try:
+                build_program(file)
+            except ModelFileError as error:
+                assert "\n" not in str(error)
+        file.metadata[full] = right
