@@ -95,7 +95,7 @@ def shared_expert(g: Recorder, w: Weights, x: Buffer, activation: str) -> Buffer
     """The expert that every token takes, behind a gate of its own where there is one."""
     if not w.has("ffn_up_shexp.weight"):
         return None
-    n_ff = w.shape("ffn_up_shexp.weight")[0]
+    n_ff = w.tensor("ffn_up_shexp.weight", None, x.width).shape[0]
     out = layers.ffn(g, w, x, n_ff, activation, suffix="_shexp")
     name = "ffn_gate_inp_shexp.weight"
     if not w.has(name):

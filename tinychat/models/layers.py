@@ -146,7 +146,7 @@ def ffn(g: Recorder, w: Weights, x: Buffer, n_ff: int, activation: str = "silu",
     gate, up, down = (f"ffn_{name}{suffix}" for name in ("gate", "up", "down"))
     if w.has(f"{gate}.weight"):
         hidden = g.gate(activation, linear(g, w, gate, x, n_ff), linear(g, w, up, x, n_ff))
-    elif w.has(f"{up}.weight") and w.shape(f"{up}.weight")[0] == 2 * n_ff:
+    elif w.has(f"{up}.weight") and w.shape(f"{up}.weight")[:1] == (2 * n_ff,):
         hidden = g.gate(activation, *linear_parts(g, w, up, x, n_ff, n_ff))
     else:
         hidden = g.activate(activation, linear(g, w, up, x, n_ff))
