@@ -179,7 +179,10 @@ class NativeExecutor:
     def copy_state(self, source: int, target: int) -> None:
         """What recurrent state place `source` holds, to `target`; waits for a step that runs."""
         with self._stepping:
-            self._runner.copy_state(source, target)
+            try:
+                self._runner.copy_state(source, target)
+            except ValueError as error:
+                raise KernelError(str(error)) from None
 
     def sample(self, logits_row: np.ndarray, params, recent_ids, coin: float) -> int:
         """A token id, as tinychat.ops.sampling.sample means it.
