@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from helpers_golden import PAGES, prefill, step
+from helpers_golden import EXECUTORS, open_model, prefill, step
 from helpers_relatives import BASE, LOGITS, RELATIVES, ROWS, TOKENS, write_relative
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import open_gguf
 from tinychat.models import build_program
-from tinychat.ops.reference import ReferenceExecutor
 
 every_relative = pytest.mark.parametrize("name", RELATIVES)
+every_executor = pytest.mark.parametrize("kind", EXECUTORS)
 
 
 @pytest.fixture(scope="module")
@@ -27,32 +27,31 @@ def path_of(tmp_path_factory):
     return path
 
 
-def executor_of(path):
-    with open_gguf(path) as file:
-        program = build_program(file)
-    return ReferenceExecutor(program, n_pages=PAGES.size, max_tokens=128, max_outputs=128,
-                             max_sequences=2, kv_type="f32")
-
-
 def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(logits - expected).max() <= 2e-4 * expected.std()
 
 
+@every_executor
 @every_relative
-def test_logits_agree_with_those_of_llama_cpp(name, path_of):
+def test_logits_agree_with_those_of_llama_cpp(name, kind, path_of):
+    executor = open_model(path_of(name), kind)
     with np.load(LOGITS) as expected:
-        assert_close(step(executor_of(path_of(name)), (0, 0, TOKENS))[ROWS], expected[name])
+        assert_close(step(executor, (0, 0, TOKENS))[ROWS], expected[name])
+    executor.close()
 
 
+@every_executor
 @every_relative
-def test_a_prompt_in_chunks_beside_another_gives_the_same_logits(name, path_of):
-    executor, half = executor_of(path_of(name)), len(TOKENS) // 2
+def test_a_prompt_in_chunks_beside_another_gives_the_same_logits(name, kind, path_of):
+    executor, half = open_model(path_of(name), kind), len(TOKENS) // 2
+    same = assert_close if kind == "reference" else np.testing.assert_array_equal
     whole = step(executor, (0, 0, TOKENS))
-    assert_close(prefill(executor, TOKENS, 11), whole)
+    same(prefill(executor, TOKENS, 11), whole)
     first = step(executor, (1, 0, TOKENS[:half]))
     mixed = step(executor, (0, 0, TOKENS), (1, half, TOKENS[half:]))
-    assert_close(np.concatenate([first, mixed[len(TOKENS):]]), whole)
-    assert_close(mixed[:len(TOKENS)], whole)
+    same(np.concatenate([first, mixed[len(TOKENS):]]), whole)
+    same(mixed[:len(TOKENS)], whole)
+    executor.close()
 
 
 def opened(path) -> SimpleNamespace:
