@@ -65,6 +65,13 @@ def mamba2(inner=96, n_state=8, n_head=6, n_group=2, *, norm=True) -> dict:
     return shapes | ({"ssm_norm.weight": (n_group, inner // n_group)} if norm else {})
 
 
+def fused_experts() -> dict:
+    """With gate and up in one tensor."""
+    apart = experts(shared=40) | {"ffn_gate_inp_shexp.weight": (1, E)}
+    del apart["ffn_gate_exps.weight"], apart["ffn_up_exps.weight"]
+    return apart | {"ffn_gate_up_exps.weight": (X, 2 * F, E)}
+
+
 FFN_NORM = {"ffn_norm.weight": (E,)}
 THREE_HEADS = {"attention.head_count": 3, "attention.head_count_kv": 3}
 
@@ -112,6 +119,13 @@ def latent_model(**given) -> dict:
     return model([layer | dense()] + [layer | experts(shared=F)] * (L - 1))
 
 
+def latent_experts(n: int) -> dict:
+    """A layer of Nemotron-H whose experts work on rows of 20."""
+    return {"attn_norm.weight": (E,), "ffn_latent_down.weight": (20, E),
+            "ffn_latent_up.weight": (E, 20)} | experts(
+                n, 20, shared=40, gated=False, choice_bias=True)
+
+
 LATENT_KEYS = EXPERTS | {
     "attention.kv_lora_rank": 20, "rope.dimension_count": 8, "expert_shared_count": 1,
     "leading_dense_block_count": 1, "expert_weights_scale": 1.5, "expert_weights_norm": True}
@@ -122,8 +136,11 @@ YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0,
         "rope.scaling.original_context_length": 64, "rope.scaling.yarn_log_multiplier": 0.0707}
 
 
-def delta_model(ffn: dict, ba: dict) -> dict:
-    """Three layers of gated delta net, one of gated attention: 2 key and 6 value heads of 8."""
+def delta_model(ffn: dict, ba: dict, *, old=False, ahead=False) -> dict:
+    """Three layers of gated delta net, one of gated attention: 2 key and 6 value heads of 8.
+
+    old: with its inputs in one matrix. ahead: and one that guesses at the token after the next.
+    """
     n_k, n_v, d = 2, 6, 8
     net = {"attn_norm.weight": (E,), "attn_qkv.weight": (2 * n_k * d + n_v * d, E),
            "attn_gate.weight": (n_v * d, E), "ssm_conv1d.weight": (2 * n_k * d + n_v * d, 4),
@@ -131,7 +148,12 @@ def delta_model(ffn: dict, ba: dict) -> dict:
            "ssm_out.weight": (E, n_v * d)} | ba
     full = attention(n_q=2 * H * D) | {"attn_q_norm.weight": (D,), "attn_k_norm.weight": (D,)}
     rest = {"post_attention_norm.weight": (E,)} | ffn
-    return model([net | rest] * 3 + [full | rest])
+    if old:
+        del net["attn_qkv.weight"], net["attn_gate.weight"]
+        net["ssm_in.weight"] = (2 * n_k * d + 2 * n_v * d, E)
+    last = {"nextn.eh_proj.weight": (E, 2 * E), "nextn.enorm.weight": (E,),
+            "nextn.hnorm.weight": (E,), "nextn.shared_head_norm.weight": (E,)}
+    return model([net | rest] * 3 + [full | rest] + [full | rest | last] * ahead)
 
 
 DELTA_KEYS = {"attention.layer_norm_rms_epsilon": 1e-6, "ssm.conv_kernel": 4, "ssm.inner_size": 48, "ssm.state_size": 8,
@@ -210,6 +232,9 @@ RELATIVES = {
     "deepseek2-yarn": ("deepseek2", SPLIT_KEYS | YARN | {
         "attention.q_lora_rank": 14, "expert_gating_func": 2, "expert_group_count": 3,
         "expert_group_used_count": 2}, latent_model(q_rank=14)),
+    "mistral-large3": ("deepseek2", SPLIT_KEYS | YARN | {
+        "attention.temperature_scale": 0.1, "attention.temperature_length": 16,
+        "attention.q_lora_rank": 14}, latent_model(q_rank=14)),
     "deepseek2-old": ("deepseek2", LATENT_KEYS | YARN | {
         "attention.head_count_kv": H, "attention.key_length": 20, "attention.value_length": 10,
         "attention.q_lora_rank": 14}, latent_model(fused=True, q_rank=14)),
@@ -248,6 +273,13 @@ RELATIVES = {
         model([mamba2(), {"attn_norm.weight": (E,)}
                | experts(shared=40, gated=False, choice_bias=True), attention(),
                {"attn_norm.weight": (E,)} | experts(shared=40, gated=False, choice_bias=True)])),
+    "nemotron_h_moe-latent": ("nemotron_h_moe", MAMBA | EXPERTS | {
+        "attention.head_count_kv": [0, 0, HKV, 0], "feed_forward_length": [0, F, 0, F],
+        "expert_feed_forward_length": [0, F, 0, 16], "expert_used_count": [0, 3, 0, 2],
+        "attention.layer_norm_epsilon": 1e-5, "expert_shared_count": 1, "moe_latent_size": 20,
+        "expert_shared_feed_forward_length": 40, "expert_weights_norm": True,
+        "expert_weights_scale": 2.5},
+        model([mamba2(), latent_experts(F), attention(), latent_experts(16)])),
     "granitehybrid": ("granitehybrid", MAMBA | EXPERTS | {
         "attention.head_count_kv": [0, HKV, 0, 0], "ssm.group_count": 1,
         "expert_shared_feed_forward_length": 40, "feed_forward_length": F,
@@ -255,12 +287,21 @@ RELATIVES = {
         "residual_scale": 0.5, "logit_scale": 2.0},
         model([m | FFN_NORM | experts(shared=40)
                for m in [mamba2(n_group=1), attention()] + [mamba2(n_group=1)] * 2])),
-    "lfm2": ("lfm2", {"attention.head_count_kv": [0, 1, 0, 1], "shortconv.l_cache": 4,
+    "fused-experts": ("qwen3next", DELTA_KEYS | EXPERTS | {"expert_shared_feed_forward_length": 40},
+                      delta_model(fused_experts(), {"ssm_ba.weight": (12, E)})),
+    "lfm2": ("lfm2", {"attention.head_count_kv": [0, 1, 0, 1], "shortconv.l_cache": 4, "attention.sliding_window": 16,
                       "attention.head_count": 3, "attention.key_length": None,
                       "attention.value_length": None, "rope.dimension_count": None},
              short_conv_model()),
     "qwen3next": ("qwen3next", DELTA_KEYS | EXPERTS | {"expert_shared_feed_forward_length": 40},
                   delta_model(experts(shared=40) | SHARED_GATE, {"ssm_ba.weight": (12, E)})),
+    "qwen3next-old": ("qwen3next", DELTA_KEYS | EXPERTS | {
+        "expert_shared_feed_forward_length": 40, "attention.recurrent_layers": [True] * 3 + [False]},
+        delta_model(experts(shared=40) | SHARED_GATE, {"ssm_ba.weight": (12, E)}, old=True)),
+    "qwen35": ("qwen35", DELTA_KEYS | {
+        "block_count": L + 1, "nextn_predict_layers": 1, "rope.dimension_sections": [2, 1, 1, 0],
+        "attention.recurrent_layers": [True] * 3 + [False] * 2},
+        delta_model(dense(), {"ssm_alpha.weight": (6, E), "ssm_beta.weight": (6, E)}, ahead=True)),
     "qwen35moe": ("qwen35moe", DELTA_KEYS | EXPERTS | {
         "expert_shared_feed_forward_length": 40, "rope.dimension_sections": [2, 1, 1, 0]},
         delta_model(experts(shared=40) | SHARED_GATE,

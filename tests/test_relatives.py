@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from helpers_golden import EXECUTORS, open_model, prefill, step
-from helpers_relatives import BASE, LOGITS, RELATIVES, ROWS, TOKENS, write_relative
+from helpers_relatives import BASE, L, LOGITS, RELATIVES, ROWS, TOKENS, write_relative
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import open_gguf
 from tinychat.models import build_program
@@ -61,11 +61,16 @@ def opened(path) -> SimpleNamespace:
                                tensors=dict(file.tensors))
 
 
+def is_ahead(name: str, tensor: str) -> bool:
+    """Of a layer that guesses at the token after the next, which is not run."""
+    return "nextn_predict_layers" in RELATIVES[name][1] and tensor.startswith(f"blk.{L}.")
+
+
 @every_relative
 def test_a_misshapen_tensor_is_refused_by_name(name, path_of):
     file = opened(path_of(name))
     for wrong, tensor in list(file.tensors.items()):
-        if name == "glm4moe" and wrong.startswith("blk.4."):  # of a layer that is not run
+        if is_ahead(name, wrong):
             continue
         file.tensors[wrong] = replace(tensor, shape=(*tensor.shape[:-1], tensor.shape[-1] + 1))
         with pytest.raises(ModelFileError, match="tensor "):
@@ -85,7 +90,7 @@ def test_without_a_tensor_the_file_is_refused_or_means_another_model(name, path_
         else:
             assert missing.endswith((".bias", "norm.weight", "output.weight", "shexp.weight",
                                      "gate.weight", "gate_exps.weight")) \
-                or missing.startswith("blk.4.")
+                or is_ahead(name, missing)
         file.tensors[missing] = tensor
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from tinychat.gguf_file import GGMLQuantizationType, QTensor
 from tinychat.models import layers, llama
-from tinychat.models.config import MAX_WIDTH, ModelConfig
+from tinychat.models.config import MAX_CONTEXT, MAX_WIDTH, ModelConfig
 from tinychat.models.weights import Weights, gathered
 from tinychat.ops.meaning import dequantize
 from tinychat.ops.program import Buffer, Heads, Rope
@@ -43,6 +43,10 @@ def latent_attention(g: Recorder, w: Weights, h: Buffer, config: ModelConfig, i:
         turned, key = g.rope(turned, n_rot, rope), g.rope(key, n_rot, rope)
     q = g.join(g.head_linear(plain, into), turned, n_head)
     k = g.join(row, key)                                                      # (T, R + D_rope)
+    if config.temperature_scale:
+        length = keys.integer("attention.temperature_length", 1, MAX_CONTEXT,
+                              config.rope.n_ctx_orig)
+        q = g.temper(q, config.temperature_scale, length)
     shape = replace(heads(), n_head_kv=1, key_length=rank + n_rot, value_length=rank,
                     scale=_scale(config, key_length))
     out = g.head_linear(g.attend(q, k, row, shape), out_of)                   # (T, H * Dv)
