@@ -3,7 +3,7 @@
 
 tinychat/ops/lowering.py makes the arrays that Runner takes; kernels.h says what they mean.
 """
-from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
@@ -132,6 +132,16 @@ cdef class Runner:
             fault = runner_build(&self.r)
         if fault is not NULL:
             raise MemoryError(fault.decode())
+        self._forget_packed_sources(matrices)
+
+    cdef _forget_packed_sources(self, list matrices):
+        """The bytes of a matrix that is only multiplied with are not needed once it is packed."""
+        looked_up = {self.r.ops[i].weights[0] for i in range(self.r.n_ops)
+                     if self.r.ops[i].kind in (OP_embed, OP_embed_positions)}
+        for i in range(self.r.n_matrices):
+            if i not in looked_up:
+                self.r.matrices[i].source = NULL
+        self.keep[2] = [matrix for i, matrix in enumerate(matrices) if i in looked_up]
 
     cdef _set_sizes(self, dict sizes):
         self.r.n_ids, self.r.window = sizes["n_ids"], sizes["window"]
@@ -385,4 +395,28 @@ def dequantize(str isa, int qtype, const uint8_t[::1] raw, int64_t n_rows,
     with nogil:
         for row in range(n_rows):
             table.dequantize_row(qtype, &raw[row * row_bytes], n_cols, &out[row, 0])
+    return np.asarray(out)
+
+
+def is_rare(int qtype) -> bool:
+    """Whether weights of this type are multiplied with once rare_to_q8_0_blocks made Q8_0 of them.
+    """
+    return rare_block_bytes(qtype) > 0
+
+
+def rare_to_q8_0_blocks(int qtype, const int8_t[::1] grid, const uint8_t[::1] raw) -> np.ndarray:
+    """Weights of a rare format as Q8_0, uint8 (34 bytes for each 32 weights).
+
+    grid: the values that its codes stand for, as gguf has them; empty where it has none.
+    """
+    cdef int block_bytes = rare_block_bytes(qtype)
+    if block_bytes == 0 or raw.shape[0] % block_bytes or grid.shape[0] != rare_grid_bytes(qtype):
+        raise ValueError(f"expected blocks of {block_bytes} bytes and a grid of "
+                         f"{rare_grid_bytes(qtype)}, got {raw.shape[0]} and {grid.shape[0]}")
+    cdef int64_t n_blocks = raw.shape[0] // block_bytes
+    cdef uint8_t[::1] out = np.empty(n_blocks * 8 * 34, np.uint8)
+    cdef const int8_t *values = &grid[0] if grid.shape[0] else NULL
+    if n_blocks:
+        with nogil:
+            rare_to_q8_0(qtype, values, &raw[0], n_blocks, &out[0])
     return np.asarray(out)

@@ -198,6 +198,27 @@ static inline float float_of_f16(uint16_t h)
     return sign ? -f : f;
 }
 
+/* round to nearest, ties to even; too large becomes infinity, NaN stays one. Source: F. Giesen,
+ * float_to_half_fast3_rtne */
+static inline uint16_t f16_of_float(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits >= 0x47800000) /* 65536 and above, infinity, NaN */
+        return (uint16_t)(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00));
+    if (bits < 0x38800000) { /* below 2^-14: adding 0.5 leaves the subnormal's bits, rounded, at the
+                                bottom */
+        float shifted;
+        memcpy(&shifted, &bits, sizeof shifted);
+        shifted += 0.5f;
+        memcpy(&bits, &shifted, sizeof bits);
+        return (uint16_t)(sign | (bits - 0x3f000000));
+    }
+    return (uint16_t)(sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13));
+}
+
 static inline float float_of_bf16(uint16_t h) { return float_of_bits((uint32_t)h << 16); }
 
 /* E8M0 halved: 2^(e-128), since the table of MXFP4 is doubled. */

@@ -1,5 +1,5 @@
 """The C side as the binding sees it: only what _kernels.pyx touches."""
-from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
 
 
 cdef extern from "linear.h" nogil:
@@ -21,6 +21,10 @@ cdef extern from "linear.h" nogil:
                      int64_t tile_end)
     int linear_wants_int8(const packed_matrix *m)
     size_t linear_act_bytes(int64_t n_cols)
+    int rare_block_bytes(int32_t qtype)
+    int rare_grid_bytes(int32_t qtype)
+    void rare_to_q8_0(int32_t qtype, const int8_t *grid, const uint8_t *src, int64_t n_blocks,
+                      uint8_t *out)
 
 
 cdef extern from "kernels.h" nogil:
@@ -33,8 +37,11 @@ cdef extern from "kernels.h" nogil:
     enum: ROPE_ADJACENT, ROPE_HALVES
     enum: GATING_SOFTMAX, GATING_SIGMOID, GATING_CHOSEN
 
+    enum: OP_embed, OP_embed_positions
+
     ctypedef struct program_op:
-        pass
+        int32_t kind
+        int32_t weights[3]
     ctypedef struct attention:
         pass
     ctypedef struct routing:

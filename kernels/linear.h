@@ -46,6 +46,17 @@ int linear_wants_int8(const packed_matrix *m);
  * a multiple of 32. */
 size_t linear_act_bytes(int64_t n_cols);
 
+/* ---- rare.c: formats of 256 weights a block that become Q8_0 at load ---- */
+
+/* Bytes of a block, and of the grid that its codes index, as gguf has it, in int8; 0: not such a
+ * format. */
+int rare_block_bytes(int32_t qtype);
+int rare_grid_bytes(int32_t qtype);
+
+/* n_blocks blocks of a format that is one -> 8 Q8_0 blocks each */
+void rare_to_q8_0(int32_t qtype, const int8_t *grid, const uint8_t *src, int64_t n_blocks,
+                  uint8_t *out);
+
 typedef struct {
     const char *isa; /* "scalar" | "avx2" | "avx512_vnni" */
 

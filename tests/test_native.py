@@ -197,19 +197,6 @@ def test_the_whole_tiny_program_agrees(isa):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def test_a_format_without_a_kernel_is_converted():
-    # IQ2_XXS, 256 weights in 66 bytes: a scale, then indices into a grid
-    rng = np.random.default_rng(0)
-    n_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType.IQ2_XXS][1]
-    blocks = rng.integers(0, 256, (24, n_bytes), dtype=np.uint8)
-    blocks[:, :2] = np.full((24, 1), 0.01, np.float16).view(np.uint8)
-    w = QTensor("w", GGMLQuantizationType.IQ2_XXS, (24, 256), blocks.reshape(-1))
-    rows = normal(rng, 5, 256)
-    got, expected = both(lambda g: g.linear(g.embed(weight("e", rows)), w), None, all_outputs(5))
-    values = gguf.quants.dequantize(blocks, GGMLQuantizationType.IQ2_XXS)
-    assert (np.abs(got - expected) <= (2**-11 + 300 * U) * (np.abs(rows) @ np.abs(values).T)).all()
-
-
 # The same bits, whatever else is in the step
 
 QTYPES = (

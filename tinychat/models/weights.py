@@ -31,6 +31,11 @@ class Weights:
     def has(self, name: str) -> bool:
         return self._prefix + name in self._tensors
 
+    def names(self) -> list[str]:
+        """Of the tensors that are there, by the rest of their names."""
+        return [name.removeprefix(self._prefix) for name in self._tensors
+                if name.startswith(self._prefix)]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor that is there; it does not count as asked for."""
         return self._tensors[self._prefix + name].shape

@@ -9,11 +9,12 @@ import mmap
 from dataclasses import asdict, replace
 
 import numpy as np
+from gguf import quants
 
 from tinychat import _kernels
 from tinychat.errors import KernelError
-from tinychat.gguf_file import GGMLQuantizationType, QTensor
-from tinychat.ops.meaning import dequantize
+from tinychat.gguf_file import GGMLQuantizationType as Type, QTensor
+from tinychat.ops.meaning import dequantize, dequantize_rows
 from tinychat.ops.batch import Limits
 from tinychat.ops.program import (
     Buffer, DeltaNet, Heads, Mamba2, Op, Program, Rope, Routing, plan_slots)
@@ -28,6 +29,8 @@ WEIGHTS = {
     "experts": ("packed", "vector"),
     "conv": ("columns", "vector"),
 }
+
+SLICE_WEIGHTS = 1 << 20  # that are float32 at a time, where a matrix is converted
 
 PRODUCTS = ("linear", "head_linear", "experts")
 
@@ -83,22 +86,49 @@ class Weights:
 
 def _matrix(tensor: QTensor) -> list:
     *parts, n_rows, n_cols = tensor.shape
-    shape = math.prod(parts), n_rows, n_cols
-    if _has_kernel(tensor):
-        return [int(tensor.qtype), *shape, tensor.data, False, _is_mapped(tensor.data)]
-    # The rare formats have no kernel: float16 holds their values to 11 bits
-    with np.errstate(over="ignore"):  # beyond 65504: infinity, as float16 means it
-        data = dequantize(tensor).astype(np.float16).reshape(-1).view(np.uint8)
-    return [int(GGMLQuantizationType.F16), *shape, data, False, False]
+    data, kind = tensor.data, multiplied_as(tensor)
+    if kind != tensor.qtype:
+        data = _as_q8_0(tensor) if kind == Type.Q8_0 else _as_float16(tensor)
+    return [int(kind), math.prod(parts), n_rows, n_cols, data, False, _is_mapped(data)]
 
 
-def _has_kernel(tensor: QTensor) -> bool:
-    return _kernels.activation_floats(int(tensor.qtype), *tensor.shape[-2:]) is not None
+def multiplied_as(tensor: QTensor) -> Type:
+    """The format that the kernels read these weights in; another than the file's is made at load.
+    """
+    if _kernels.activation_floats(int(tensor.qtype), *tensor.shape[-2:]) is not None:
+        return tensor.qtype
+    return Type.Q8_0 if _kernels.is_rare(int(tensor.qtype)) else Type.F16
+
+
+def _as_q8_0(tensor: QTensor) -> np.ndarray:
+    """rare.c says how exact this is. Some 3 s for a thousand million weights."""
+    return _kernels.rare_to_q8_0_blocks(int(tensor.qtype), _grid(tensor.qtype),
+                                        tensor.data.reshape(-1))
+
+
+def _grid(qtype: Type) -> np.ndarray:
+    """The values that codes of this format index, int8, flat; empty where they are values."""
+    format_ = getattr(quants, qtype.name)
+    if not format_.grid_hex:
+        return np.empty(0, np.int8)
+    format_.init_grid()
+    return np.ascontiguousarray(format_.grid, np.float32).astype(np.int8).reshape(-1)
+
+
+def _as_float16(tensor: QTensor) -> np.ndarray:
+    """What has neither kernel nor conversion, a slice at a time: 11 bits of each value."""
+    rows = tensor.data.reshape(-1, tensor.row_bytes)
+    out = np.empty((len(rows), tensor.shape[-1]), np.float16)
+    step = max(1, SLICE_WEIGHTS // tensor.shape[-1])
+    for at in range(0, len(rows), step):
+        with np.errstate(over="ignore"):  # beyond 65504: infinity, as float16 means it
+            out[at:at + step] = dequantize_rows(tensor, rows[at:at + step])
+    return out.reshape(-1).view(np.uint8)
 
 
 def _activation_floats(weight: QTensor) -> int:
     """float32s that a quantised row takes for this product; 0: it reads plain float32."""
-    return _kernels.activation_floats(int(weight.qtype), *weight.shape[-2:]) or 0
+    return _kernels.activation_floats(int(multiplied_as(weight)), *weight.shape[-2:]) or 0
 
 
 def _is_mapped(data: np.ndarray) -> bool:
