@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from helpers_engine import GREEDY, read
 from helpers_golden import EXECUTORS, open_model, prefill, step
 from helpers_relatives import BASE, L, LOGITS, RELATIVES, ROWS, TOKENS, write_relative
+from tinychat.engine import Engine
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import open_gguf
 from tinychat.models import build_program
@@ -52,6 +54,36 @@ def test_a_prompt_in_chunks_beside_another_gives_the_same_logits(name, kind, pat
     same(np.concatenate([first, mixed[len(TOKENS):]]), whole)
     same(mixed[:len(TOKENS)], whole)
     executor.close()
+
+
+def greedy(executor, prompt: list[int], n: int) -> list[int]:
+    """By the plainest loop: the whole text again for each token."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(step(executor, (0, 0, ids))[-1].argmax()))
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("name", ["mamba2", "falcon-h1", "lfm2", "qwen35", "exaone-moe",
+                                  "deepseek2-yarn"])
+def test_turns_and_branches_through_the_engine_answer_as_the_whole_text_does(name, path_of):
+    plain, executor = (open_model(path_of(name), "native avx2", max_sequences=3, n_states=9,
+                                   n_window_pages=20)
+                       for _ in range(2))
+    prompt = TOKENS.tolist()
+    engine = Engine(executor, n_ctx=64, parallel=2, chunk=32)
+
+    def answer(ids: list[int]) -> list[int]:
+        return read(engine.submit(ids, params=GREEDY, max_tokens=5)).ids
+    first = answer(prompt)
+    assert first == greedy(plain, prompt, 5)
+    turn = prompt + first + [3, 1]
+    both = [engine.submit(ids, params=GREEDY, max_tokens=5)
+            for ids in (turn, prompt[:40] + [9, 9, 9])]
+    assert read(both[0]).ids == greedy(plain, turn, 5)
+    assert read(both[1]).ids == greedy(plain, prompt[:40] + [9, 9, 9], 5)
+    engine.close()
+    plain.close()
 
 
 def opened(path) -> SimpleNamespace:
