@@ -118,7 +118,7 @@ class ScriptedEngine:
         self.idle = threading.Condition()
 
     def submit(self, ids, *, params, max_tokens, stop_ids, n_ctx=None, seed=None,
-               guide=None, on_finish=lambda: None):
+               guide=None, images=(), on_finish=lambda: None):
         limit = min(n_ctx or self.n_ctx, self.n_ctx)
         if len(ids) >= limit:
             raise ContextOverflow(f"prompt of {len(ids)} tokens, context of {limit}", param="input")
