@@ -156,8 +156,8 @@ def delta_model(ffn: dict, ba: dict, *, old=False, ahead=False) -> dict:
     return model([net | rest] * 3 + [full | rest] + [full | rest | last] * ahead)
 
 
-DELTA_KEYS = {"attention.layer_norm_rms_epsilon": 1e-6, "ssm.conv_kernel": 4, "ssm.inner_size": 48, "ssm.state_size": 8,
-              "ssm.time_step_rank": 6, "ssm.group_count": 2, "rope.dimension_count": 8}
+DELTA_KEYS = {"attention.layer_norm_rms_epsilon": 1e-6, "ssm.conv_kernel": 4,
+              "ssm.inner_size": 48, "ssm.state_size": 8, "ssm.time_step_rank": 6, "ssm.group_count": 2, "rope.dimension_count": 8}
 SHARED_GATE = {"ffn_gate_inp_shexp.weight": (1, E)}
 
 
@@ -181,6 +181,45 @@ def glm_model() -> dict:
                    "nextn.hnorm.weight": (E,), "nextn.shared_head_norm.weight": (E,)}
     return model(layers)
 
+
+def gemma4_model(*, shared=0, n_row=0, plain_values=False, with_experts=False) -> dict:
+    """Six layers, every third without a window and with longer heads; the last ones store nothing.
+
+    n_row: width of the tokens' rows for each layer. plain_values: long heads have no values.
+    """
+    def layer(i: int) -> dict:
+        d, n_kv = (24, 1) if i % 3 == 2 else (D, HKV)
+        shapes = {f"{name}.weight": (E,) for name in
+                  ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")}
+        shapes |= {"attn_q.weight": (H * d, E), "attn_output.weight": (E, H * d),
+                   "attn_q_norm.weight": (d,), "layer_output_scale.weight": (1,)} | dense()
+        if i < 6 - shared:
+            shapes |= {"attn_k.weight": (n_kv * d, E), "attn_k_norm.weight": (d,)}
+            if not (plain_values and d == 24):
+                shapes["attn_v.weight"] = (n_kv * d, E)
+        if n_row:
+            shapes |= {"inp_gate.weight": (n_row, E), "proj.weight": (E, n_row),
+                       "post_norm.weight": (E,)}
+        if with_experts:
+            shapes |= experts() | {
+                f"{name}.weight": (E,) for name in
+                ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2")}
+            shapes |= {"ffn_gate_inp.scale": (E,), "ffn_down_exps.scale": (X,)}
+        return shapes
+    whole = model([layer(i) for i in range(6)], output=False, **{"rope_freqs.weight": (12,)})
+    if n_row:
+        whole |= {"per_layer_token_embd.weight": (V, 6 * n_row),
+                  "per_layer_model_proj.weight": (6 * n_row, E),
+                  "per_layer_proj_norm.weight": (n_row,)}
+    return whole
+
+
+GEMMA4 = {"block_count": 6, "attention.sliding_window": 16, "attention.key_length": 24,
+          "attention.value_length": 24, "attention.key_length_swa": D,
+          "attention.value_length_swa": D, "rope.dimension_count": 24,
+          "rope.dimension_count_swa": D, "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4,
+          "attention.head_count_kv": [HKV, HKV, 1] * 2, "embedding_length_per_layer_input": 0,
+          "attention.sliding_window_pattern": [True, True, False] * 2}
 
 # name: (GGUF architecture, its keys beyond BASE (None takes one away), its tensors)
 RELATIVES = {
@@ -280,6 +319,12 @@ RELATIVES = {
         "expert_shared_feed_forward_length": 40, "expert_weights_norm": True,
         "expert_weights_scale": 2.5},
         model([mamba2(), latent_experts(F), attention(), latent_experts(16)])),
+    "gemma4": ("gemma4", GEMMA4 | {"final_logit_softcapping": 20.0},
+               gemma4_model(plain_values=True)),
+    "gemma4-rows": ("gemma4", GEMMA4 | {
+        "embedding_length_per_layer_input": 12, "attention.shared_kv_layers": 3},
+        gemma4_model(n_row=12, shared=3)),
+    "gemma4-experts": ("gemma4", GEMMA4 | EXPERTS, gemma4_model(with_experts=True)),
     "granitehybrid": ("granitehybrid", MAMBA | EXPERTS | {
         "attention.head_count_kv": [0, HKV, 0, 0], "ssm.group_count": 1,
         "expert_shared_feed_forward_length": 40, "feed_forward_length": F,
@@ -289,14 +334,16 @@ RELATIVES = {
                for m in [mamba2(n_group=1), attention()] + [mamba2(n_group=1)] * 2])),
     "fused-experts": ("qwen3next", DELTA_KEYS | EXPERTS | {"expert_shared_feed_forward_length": 40},
                       delta_model(fused_experts(), {"ssm_ba.weight": (12, E)})),
-    "lfm2": ("lfm2", {"attention.head_count_kv": [0, 1, 0, 1], "shortconv.l_cache": 4, "attention.sliding_window": 16,
+    "lfm2": ("lfm2", {"attention.head_count_kv": [0, 1, 0, 1], "shortconv.l_cache": 4,
+                      "attention.sliding_window": 16,
                       "attention.head_count": 3, "attention.key_length": None,
                       "attention.value_length": None, "rope.dimension_count": None},
              short_conv_model()),
     "qwen3next": ("qwen3next", DELTA_KEYS | EXPERTS | {"expert_shared_feed_forward_length": 40},
                   delta_model(experts(shared=40) | SHARED_GATE, {"ssm_ba.weight": (12, E)})),
     "qwen3next-old": ("qwen3next", DELTA_KEYS | EXPERTS | {
-        "expert_shared_feed_forward_length": 40, "attention.recurrent_layers": [True] * 3 + [False]},
+        "expert_shared_feed_forward_length": 40,
+        "attention.recurrent_layers": [True] * 3 + [False]},
         delta_model(experts(shared=40) | SHARED_GATE, {"ssm_ba.weight": (12, E)}, old=True)),
     "qwen35": ("qwen35", DELTA_KEYS | {
         "block_count": L + 1, "nextn_predict_layers": 1, "rope.dimension_sections": [2, 1, 1, 0],
@@ -321,7 +368,9 @@ def values(rng: np.random.RandomState, name: str, shape: tuple[int, ...]) -> np.
         return 1 + np.float32(0.3) * x
     if name.endswith("ssm_a"):
         return -np.exp(np.float32(0.5) * x)
-    if name.endswith("ssm_d"):
+    if name.endswith("rope_freqs.weight"):  # the first ones turn, the others do not
+        return np.where(np.arange(len(x)) < 4, 1, 1e30).astype(np.float32)
+    if name.endswith(("ssm_d", "scale", "scale.weight")):
         return 1 + np.float32(0.3) * x
     if name.endswith("token_embd.weight"):
         return x

@@ -13,6 +13,9 @@ from tinychat.errors import ModelFileError
 from tinychat.gguf_file import open_gguf
 from tinychat.models import build_program
 
+OPTIONAL = (".bias", "norm.weight", "output.weight", "shexp.weight", "gate.weight",
+            "gate_exps.weight", "scale.weight", "exps.scale")  # what these have a meaning without
+
 every_relative = pytest.mark.parametrize("name", RELATIVES)
 every_executor = pytest.mark.parametrize("kind", EXECUTORS)
 
@@ -29,8 +32,8 @@ def path_of(tmp_path_factory):
     return path
 
 
-def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
-    assert np.abs(logits - expected).max() <= 2e-4 * expected.std()
+def assert_close(logits: np.ndarray, expected: np.ndarray, tolerance: float = 2e-4) -> None:
+    assert np.abs(logits - expected).max() <= tolerance * expected.std()
 
 
 @every_executor
@@ -38,7 +41,8 @@ def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
 def test_logits_agree_with_those_of_llama_cpp(name, kind, path_of):
     executor = open_model(path_of(name), kind)
     with np.load(LOGITS) as expected:
-        assert_close(step(executor, (0, 0, TOKENS))[ROWS], expected[name])
+        tolerance = 5e-3 if name.startswith("gemma4") else 2e-4  # its GELU is from a 16-bit table
+        assert_close(step(executor, (0, 0, TOKENS))[ROWS], expected[name], tolerance)
     executor.close()
 
 
@@ -120,9 +124,8 @@ def test_without_a_tensor_the_file_is_refused_or_means_another_model(name, path_
         except ModelFileError as error:
             assert "tensor" in str(error) and "\n" not in str(error)
         else:
-            assert missing.endswith((".bias", "norm.weight", "output.weight", "shexp.weight",
-                                     "gate.weight", "gate_exps.weight")) \
-                or is_ahead(name, missing)
+            has_another_meaning = missing.endswith(OPTIONAL) or is_ahead(name, missing)
+            assert has_another_meaning or name.startswith("gemma4") and "attn_v" in missing
         file.tensors[missing] = tensor
 
 

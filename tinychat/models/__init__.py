@@ -3,7 +3,7 @@ from functools import partial
 
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import GGUFFile
-from tinychat.models import deepseek2, llama, llama4, recurrent, single
+from tinychat.models import deepseek2, gemma4, llama, llama4, recurrent, single
 from tinychat.models.config import ModelConfig, Use
 from tinychat.models.experts import Experts
 from tinychat.models.llama import Family
@@ -13,8 +13,8 @@ from tinychat.ops.recorder import Recorder
 
 __all__ = ["ARCHITECTURES", "ModelConfig", "build_program"]
 
-_GEMMA3 = Family(norms="around", activation="gelu", window_period=6, local_base=10000.0, local_is_scaled=False,
-                 root_scaled=True, wide_head_layers=62, both_ways=True)
+_GEMMA3 = Family(norms="around", activation="gelu", window_period=6, local_base=10000.0,
+                 local_is_scaled=False, root_scaled=True, wide_head_layers=62, both_ways=True)
 _LATENT = Family(rope="adjacent", mixer=deepseek2.latent_attention,
                  experts=Experts(normalise=False))
 _NEMOTRON_H = Family(activation="relu2", experts=Experts("sigmoid", normalise=False))
@@ -101,6 +101,7 @@ ENCODERS = {"gemma-embedding"}  # also where the file does not say so
 ARCHITECTURES = {
     **{name: partial(llama.describe, family=family) for name, family in FAMILIES.items()},
     "deepseek2": partial(deepseek2.describe, family=_LATENT),
+    "gemma4": gemma4.describe,
     "mamba2": partial(single.describe, family=Family()),
     "nemotron_h": partial(single.describe, family=_NEMOTRON_H),
     "nemotron_h_moe": partial(single.describe, family=_NEMOTRON_H),

@@ -4,8 +4,10 @@ Shapes: X n_expert, U n_used, F the experts' n_ff.
 """
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from tinychat.errors import ModelFileError
-from tinychat.gguf_file import QTensor
+from tinychat.gguf_file import GGMLQuantizationType, QTensor
 from tinychat.models import layers
 from tinychat.models.config import ModelConfig
 from tinychat.models.weights import Weights, reshaped
@@ -83,6 +85,8 @@ def mixed(g: Recorder, w: Weights, x: Buffer, logits: Buffer, config: ModelConfi
     else:
         hidden = g.gate(activation, gate, up)
     out = g.experts(hidden, routes, down, w.optional("ffn_down_exps.bias", n_expert, x.width))
+    if w.has("ffn_down_exps.scale"):
+        routes = _scaled(g, routes, w.tensor("ffn_down_exps.scale", n_expert))
     return g.mix(out, routes, weighted=not family.weighted_inputs)
 
 
@@ -97,6 +101,14 @@ def _experts(g, w, name, x, routes, shape: tuple[int, int, int]) -> Buffer | Non
         return None
     return g.experts(x, routes, w.tensor(f"{own}.weight", *shape),
                      w.optional(f"{own}.bias", n_expert, n_ff))
+
+
+def _scaled(g: Recorder, routes: Buffer, factors: QTensor) -> Buffer:
+    """The routes, for `mix`, with each weight times its expert's factor (X,): what an expert of one
+    number makes of 1."""
+    one = QTensor("one", GGMLQuantizationType.F32, (1, 1), np.ones(1, np.float32).view(np.uint8))
+    chosen = g.experts(g.embed_positions(one), routes, reshaped(factors, factors.shape[0], 1, 1))
+    return g.gate("identity", routes, g.join(chosen, chosen))
 
 
 def _half(tensor: QTensor, second: bool) -> QTensor:
