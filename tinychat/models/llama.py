@@ -5,6 +5,7 @@ does not say is a family's traits.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from tinychat.errors import ModelFileError
 from tinychat.models import experts, layers
@@ -16,7 +17,8 @@ from tinychat.models.weights import Weights
 from tinychat.ops.program import Buffer, Heads, Rope
 from tinychat.ops.recorder import Recorder
 
-# (g, w, h, config, i, heads, rope) -> (T, E)
+# (g, w, h, config, i, heads, rope) -> (T, E); heads() is the shape of layer i's attention, asked
+# for only where there is one
 Mixer = Callable[..., Buffer | None]
 
 
@@ -102,7 +104,7 @@ def describe(g: Recorder, w: Weights, config: ModelConfig, family: Family) -> Bu
     if family.output_norm != "token_embd_norm":
         x = layers.optional_norm(g, w, "token_embd_norm", x, config)          # (T, E)
     for i in range(config.n_layer):
-        heads = _heads(config, family, i) if config.n_head_kv[i] or not family.mixer else None
+        heads = partial(_heads, config, family, i)
         x = block(g, w.layer(i), config, family, x, i, heads, ropes[i])
         x = add_deep_features(g, config, x, i)
     x = layers.finish(g, w, config, x, family.output_norm)
@@ -159,14 +161,14 @@ def _ropes(w: Weights, config: ModelConfig, family: Family) -> list[Rope | None]
 
 
 def block(g: Recorder, w: Weights, config: ModelConfig, family: Family, x: Buffer, i: int,
-          heads: Heads | None, rope: Rope | None) -> Buffer:
+          heads: Callable[[], Heads], rope: Rope | None) -> Buffer:
     """Transformer block i: x (T, E) -> (T, E); the family says where its norms stand."""
     def attention(h: Buffer) -> Buffer:
         if family.mixer:
             out = family.mixer(g, w, h, config, i, heads, rope)
             if out is not None:
                 return out
-        return layers.attention(g, w, h, heads, rope, config,
+        return layers.attention(g, w, h, heads(), rope, config,
                                 norm_after_rope=family.norm_after_rope)
 
     def ffn(h: Buffer) -> Buffer:
