@@ -14,7 +14,8 @@ from tinychat.gguf_file import open_gguf
 from tinychat.models import build_program
 from tinychat.models.vision import encoder as encoder_module
 from tinychat.models.vision import KNOWN, VisionEncoder, projector_of
-from tinychat.models.vision.pixels import Tile, fitted_size, patches, windows
+from tinychat.models.vision.pixels import (MAX_SQUARE, Tile, fitted_size, padded_square, patches,
+                                           windows)
 from tinychat.models.weights import Weights
 from tinychat.ops import open_executor
 from tinychat.ops.batch import Batch
@@ -145,6 +146,15 @@ def test_llava_sees_the_picture_in_a_square_of_the_mean_colour(tmp_path):
     assert np.array_equal(encoded(tmp_path / "m.gguf", low), encoded(tmp_path / "m.gguf", square))
 
 
+@pytest.mark.parametrize("turn", [False, True])
+def test_the_square_round_a_long_strip_stays_small(turn):
+    strip = np.zeros((3, 4 * MAX_SQUARE, 3), np.uint8)
+    square = padded_square(strip.swapaxes(0, 1) if turn else strip, (255, 255, 255))
+    assert square.shape == (MAX_SQUARE, MAX_SQUARE, 3)
+    line = square[:, 0, 0] if not turn else square[0, :, 0]
+    assert np.flatnonzero(line == 0).tolist() == [MAX_SQUARE // 2 - 1]
+
+
 def test_pixtral_never_enlarges_and_breaks_between_rows(tmp_path):
     Maker(tmp_path / "m.gguf", "pixtral")
     encoder = open_encoder(tmp_path / "m.gguf", N_TEXT)
@@ -197,6 +207,7 @@ def test_a_projector_is_known_by_its_metadata():
 @pytest.mark.parametrize("how, says", [
     (dict(metadata={"clip.projector_type": "nonesuch"}), "'nonesuch' is not supported; known are"),
     (dict(metadata={"clip.has_vision_encoder": False}), "no vision tower"),
+    (dict(metadata={"clip.has_vision_encoder": [1, 2]}), "no vision tower"),
     (dict(drop=("v.blk.1.attn_k.weight",)), "'v.blk.1.attn_k.weight' is missing"),
     (dict(drop=("v.patch_embd.weight",)), "'v.patch_embd.weight' is missing"),
     (dict(drop=("mm.model.fc.weight",)), "'mm.model.fc.weight' is missing"),

@@ -51,9 +51,9 @@ class Limits:
     """What is taken from a stranger. n_scans: passes over a JPEG's pixels, each as long as one."""
 
     n_bytes: int = 64 << 20
-    n_pixels: int = 64_000_000
+    n_pixels: int = 40_000_000
     side: int = 32_768
-    n_scans: int = 64
+    n_scans: int = 20
 
 
 LIMITS = Limits()

@@ -35,8 +35,8 @@ class Family:
       either  before, or beside where the file lacks `ffn_norm` or says so
       added   after each addition
     ffn_norm: its name. bare_first: the first layer has no norm before its attention.
-    rope: which values make a pair, see ops.program.Rope; or "learned": positions are embedded. axes: how pairs are shared out between
-    time, row and column, see rope.axes_of. rope_switch: `rope.scaling.finetuned` says whether
+    rope: which values make a pair, see ops.program.Rope; or "learned": positions are embedded.
+    axes: how pairs are shared out between time, row and column, see rope.axes_of. rope_switch: `rope.scaling.finetuned` says whether
     there is rope at all. no_rope_every: each so-manieth layer has none. local_rope_only: nor has
     one without a window, where some have one. norm_after_rope: of the heads.
     window_period: each so-manieth layer has no window, 1: all have one, 0: none has;

@@ -18,8 +18,8 @@ PROJECTOR_KEYS = ("clip.projector_type", "clip.vision.projector_type")
 
 def projector_of(metadata: dict[str, Any]) -> str | None:
     """The name of its kind of projector; None where the file is no vision tower."""
-    if metadata.get("general.architecture") != "clip" or not metadata.get(
-            "clip.has_vision_encoder", True):
+    sees = metadata.get("clip.has_vision_encoder", True)
+    if metadata.get("general.architecture") != "clip" or not (isinstance(sees, int) and sees):
         return None
     for key in PROJECTOR_KEYS:
         name = metadata.get(key)

@@ -11,6 +11,8 @@ from PIL import Image
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC,
             "lanczos": Image.Resampling.LANCZOS}
 
+MAX_SQUARE = 8192  # pixels a side, 200 MB: round a strip of 32768 x 1 it would be 3 GB
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -58,11 +60,14 @@ def resized(pixels: np.ndarray, size: tuple[int, int], resample) -> np.ndarray:
 
 
 def padded_square(pixels: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """In the middle of a square of that colour."""
+    """In the middle of a square of that colour; a picture longer than `MAX_SQUARE` is shrunk."""
     height, width = pixels.shape[:2]
     side = max(height, width)
     if height == width:
         return pixels
+    if side > MAX_SQUARE:
+        height, width = (max(1, n * MAX_SQUARE // side) for n in (height, width))
+        pixels, side = resized(pixels, (height, width), RESAMPLE["bicubic"]), MAX_SQUARE
     out = np.empty((side, side, 3), np.uint8)
     out[:] = colour
     top, left = (side - height) // 2, (side - width) // 2
