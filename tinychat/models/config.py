@@ -156,8 +156,8 @@ def _sections(keys: Keys, n_rot: int) -> tuple[int, ...] | None:
 class Use:
     """What a program is made for.
 
-    n_ctx: the context it will be used with, 0: the trained length. hidden: its result is the last hidden state, not
-    logits. sees: images may stand in its prompts.
+    n_ctx: the context it will be used with, 0: the trained length. hidden: its result is the last
+    hidden state, not logits. sees: images may stand in its prompts.
     """
 
     n_ctx: int = 0
