@@ -34,8 +34,10 @@ def linear_parts(g: Recorder, w: Weights, name: str, x: Buffer, *widths: int) ->
 def norm(g: Recorder, w: Weights, name: str, x: Buffer, config: ModelConfig) -> Buffer:
     """The file's kind of norm over a row, by NAME.weight, and NAME.bias if it is there.
 
-    Falcon-H1's files have one that is called NAME.
+    An empty name: the norm alone. Falcon-H1's files have one that is called NAME.
     """
+    if not name:
+        return _normed(g, x, None, None, config, x.width)
     own = f"{name}.weight" if w.has(f"{name}.weight") or not w.has(name) else name
     weight, bias = w.tensor(own, x.width), w.optional(f"{name}.bias", x.width)
     return _normed(g, x, weight, bias, config, x.width)
@@ -95,7 +97,7 @@ def finish(g: Recorder, w: Weights, config: ModelConfig, x: Buffer,
     `output` makes the logits, or the embedding where both are tied.
     """
     x = g.outputs(x)
-    if config.causal or w.has(f"{norm_name}.weight"):
+    if config.causal or w.has(f"{norm_name}.weight"):  # encoders may end without
         x = norm(g, w, norm_name, x, config)
     name = "output" if w.has("output.weight") else "token_embd"
     if config.use.hidden:
