@@ -1,4 +1,4 @@
-"""Weights and batches made of plain arrays, for tests of programs and executors."""
+"""Weights, batches and arrays of numbers, for tests of programs and executors."""
 import numpy as np
 
 from tinychat.gguf_file import GGMLQuantizationType, QTensor
@@ -11,6 +11,18 @@ def weight(name: str, values) -> QTensor:
     """A float32 tensor of these values."""
     values = np.ascontiguousarray(values, np.float32)
     return QTensor(name, GGMLQuantizationType.F32, values.shape, values.reshape(-1).view(np.uint8))
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """float32."""
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def close(got: np.ndarray, expected, tolerance: float = 2e-6) -> None:
+    """Asserts that float32 `got` is `expected`, to a part of each value and of the largest."""
+    assert got.dtype == np.float32
+    atol = tolerance * np.abs(expected).max()
+    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=atol)
 
 
 def batch(tokens, positions=None, sequences=None, pages=((0, 1),), outputs=None) -> Batch:

@@ -157,7 +157,8 @@ def delta_model(ffn: dict, ba: dict, *, old=False, ahead=False) -> dict:
 
 
 DELTA_KEYS = {"attention.layer_norm_rms_epsilon": 1e-6, "ssm.conv_kernel": 4,
-              "ssm.inner_size": 48, "ssm.state_size": 8, "ssm.time_step_rank": 6, "ssm.group_count": 2, "rope.dimension_count": 8}
+              "ssm.inner_size": 48, "ssm.state_size": 8, "ssm.time_step_rank": 6,
+              "ssm.group_count": 2, "rope.dimension_count": 8}
 SHARED_GATE = {"ffn_gate_inp_shexp.weight": (1, E)}
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from helpers_golden import PAGES, step
-from helpers_program import weight
+from helpers_program import close, normal, weight
 from tinychat.ops import mixers
 from tinychat.ops.program import DeltaNet, Mamba2, Routing
 from tinychat.ops.recorder import Recorder
@@ -15,16 +15,6 @@ from tinychat.ops.reference import ReferenceExecutor
 @pytest.fixture
 def rng():
     return np.random.default_rng(11)
-
-
-def normal(rng, *shape):
-    return rng.normal(size=shape).astype(np.float32)
-
-
-def close(got, expected, tolerance=3e-6):
-    assert got.dtype == np.float32
-    atol = tolerance * np.abs(expected).max()
-    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=atol)
 
 
 def sigmoid(x):

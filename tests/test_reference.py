@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from helpers_program import batch, tiny_program, weight
+from helpers_program import batch, close, normal, tiny_program, weight
 from tinychat.errors import KernelError, ModelFileError, ModelLoadError
 from tinychat.gguf_file import QTensor
 from tinychat.ops import meaning, open_executor
@@ -22,16 +22,6 @@ from tinychat.ops.sampling import SamplingParams
 @pytest.fixture
 def rng():
     return np.random.default_rng(7)
-
-
-def normal(rng, *shape):
-    return rng.normal(size=shape).astype(np.float32)
-
-
-def close(got, expected, tolerance=2e-6):
-    assert got.dtype == np.float32
-    atol = tolerance * np.abs(expected).max()
-    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=atol)
 
 
 def test_embed_takes_the_rows_of_the_tokens(rng):

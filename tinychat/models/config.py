@@ -213,7 +213,8 @@ class ModelConfig:
         n_layer = n_blocks - n_ahead
         n_embd = keys.integer("embedding_length", 1, MAX_WIDTH)
         n_ctx = keys.integer("context_length", 1, MAX_CONTEXT)
-        n_head = keys.integers("attention.head_count", n_blocks, 0, n_embd)
+        least = 0 if keys.has("ssm.inner_size") else 1  # there may be recurrent layers only
+        n_head = keys.integers("attention.head_count", n_blocks, least, n_embd)
         key_length, value_length = head_lengths(keys, n_embd, max(n_head) or 1)
         attention_scale = keys.number("attention.scale", 0, 1e6, 0.0)
         norm = "layer" if keys.has(NORM_EPS["layer"]) and not keys.has(NORM_EPS["rms"]) else "rms"
