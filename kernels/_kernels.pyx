@@ -15,7 +15,7 @@ page_tokens = PAGE_TOKENS
 row_floats = ROW_FLOATS
 rope_layouts = {"adjacent": ROPE_ADJACENT, "halves": ROPE_HALVES}
 gatings = {"softmax": GATING_SOFTMAX, "sigmoid": GATING_SIGMOID, "chosen": GATING_CHOSEN}
-op_kinds = {op_name(kind).decode(): kind for kind in range(OP_KINDS) if runner_has(kind)}
+op_kinds = {op_name(kind).decode(): kind for kind in range(OP_KINDS)}
 activations = {activation_name(fn).decode(): fn for fn in range(FN_KINDS)}
 
 # The fields of the structs in kernels.h, in their order, as numpy.dtype takes them

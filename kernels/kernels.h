@@ -295,8 +295,6 @@ typedef struct {
     const batch *step;      /* while a step runs */
 } runner;
 
-/* 0: no operation of that kind can be run */
-int runner_has(int kind);
 /* NULL beyond the last */
 const char *op_name(int kind);
 const char *activation_name(int fn);

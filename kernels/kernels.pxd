@@ -135,7 +135,6 @@ cdef extern from "kernels.h" nogil:
         int64_t n_pages, n_window_pages, n_states, max_tokens, max_outputs, max_sequences
         size_t weight_bytes, kv_bytes, state_bytes
 
-    int runner_has(int kind)
     const char *op_name(int kind)
     const char *activation_name(int fn)
     const char *runner_build(runner *r)

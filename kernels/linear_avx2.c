@@ -17,7 +17,8 @@
 typedef __m256i vint;
 typedef __m256 vfloat;
 
-enum { LANES = 8, CODES_SIGNED = 1, MAX_TOKENS = 4, FLOAT_TOKENS = 4, FLOAT_TILES = 4 };
+enum { LANES = 8, CODES_SIGNED = 1, MAX_TOKENS = 4, FLOAT_TOKENS = 4, FLOAT_TILES = 4,
+       TOKENS_TILES = 1 };
 
 #define vi_load(p) _mm256_loadu_si256((const __m256i *)(p))
 #define vi_and _mm256_and_si256

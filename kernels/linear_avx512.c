@@ -17,7 +17,8 @@
 typedef __m512i vint;
 typedef __m512 vfloat;
 
-enum { LANES = 16, CODES_SIGNED = 0, MAX_TOKENS = 12, FLOAT_TOKENS = 8, FLOAT_TILES = 4 };
+enum { LANES = 16, CODES_SIGNED = 0, MAX_TOKENS = 12, FLOAT_TOKENS = 8, FLOAT_TILES = 4,
+       TOKENS_TILES = 2 };
 
 #define vi_load(p) _mm512_loadu_si512(p)
 #define vi_and _mm512_and_si512

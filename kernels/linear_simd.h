@@ -18,6 +18,7 @@
  *                           registers: 13 % off Q4_0)
  *   FLOAT_TOKENS            the same for the float kinds
  *   FLOAT_TILES             tiles that one token takes at once there
+ *   TOKENS_TILES            tiles that FLOAT_TOKENS take at once, 1 or 2
  */
 #include "formats.h"
 
@@ -369,9 +370,13 @@ INLINE void float_product(int kind, const packed_matrix *m, const uint8_t *act, 
         const int64_t end = i + FLOAT_TILES < tile_end ? i + FLOAT_TILES : tile_end;
         int64_t t = 0;
         for (; n_tokens - t >= FLOAT_TOKENS; t += FLOAT_TOKENS)
-            for (int64_t j = i; j < end; j++)
-                float_tiles(kind, FLOAT_TOKENS, 1, m, j, act + t * act_stride, act_stride, bias,
-                            out + t * ld, ld);
+            for (int64_t j = i; j < end; j += TOKENS_TILES)
+                if (TOKENS_TILES > 1 && end - j >= TOKENS_TILES)
+                    float_tiles(kind, FLOAT_TOKENS, TOKENS_TILES, m, j, act + t * act_stride,
+                                act_stride, bias, out + t * ld, ld);
+                else
+                    float_tiles(kind, FLOAT_TOKENS, 1, m, j, act + t * act_stride, act_stride,
+                                bias, out + t * ld, ld);
         for (; t < n_tokens; t++) {
             if (end - i == FLOAT_TILES)
                 float_tiles(kind, 1, FLOAT_TILES, m, i, act + t * act_stride, act_stride, bias,

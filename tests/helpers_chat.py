@@ -14,6 +14,7 @@ from contract_checker import check_error, check_response, check_stream, parse_ss
 from tinychat.engine.sampler import SamplingParams
 from tinychat.engine.sequence import Finished, PromptDone, PromptProgress, PromptStarted, Token
 from tinychat.errors import ContextOverflow, ModelNotFound, Overloaded, TinychatError
+from tinychat.sse import Decoder
 from tinychat.text.prompt.template import ChatTemplate
 
 KEY = "test/scripted"
@@ -118,7 +119,7 @@ class ScriptedEngine:
         self.idle = threading.Condition()
 
     def submit(self, ids, *, params, max_tokens, stop_ids, n_ctx=None, seed=None,
-               guide=None, on_finish=lambda: None):
+               guide=None, images=(), on_finish=lambda: None):
         limit = min(n_ctx or self.n_ctx, self.n_ctx)
         if len(ids) >= limit:
             raise ContextOverflow(f"prompt of {len(ids)} tokens, context of {limit}", param="input")
@@ -365,3 +366,18 @@ class Client:
         assert (status, headers["Content-Type"]) == (200, "text/event-stream"), data
         assert check_stream(data, request=body) == []
         return parse_sse(data)[0]
+
+    def events(self, input="hi", model=KEY, **fields):
+        """The same one by one as they come; closing the iterator goes away."""
+        connection, decoder = self.connect(), Decoder()
+        try:
+            body = {"model": model, "input": input, "stream": True, **fields}
+            connection.request("POST", "/api/v1/chat", json.dumps(body).encode(),
+                               {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            assert response.status == 200, response.read()
+            while data := response.read1():
+                for event in decoder.feed(data):
+                    yield event.event, json.loads(event.data)
+        finally:
+            connection.close()

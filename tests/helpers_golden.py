@@ -94,10 +94,14 @@ def load_golden(name: str) -> Golden:
 
 
 def open_golden(golden: Golden, kind: str, kv_type: str = "f32"):
-    """An executor of the golden model: one of EXECUTORS; skips where this machine lacks it."""
-    limits = dict(n_pages=PAGES.size, max_tokens=128, max_outputs=128, max_sequences=2,
-                  kv_type=kv_type)
-    with open_gguf(golden.path) as file:
+    return open_model(golden.path, kind, kv_type)
+
+
+def open_model(path: Path, kind: str, kv_type: str = "f32", max_sequences: int = 2, **more):
+    """An executor of a model's file: one of EXECUTORS; skips where this machine lacks it."""
+    limits = dict(n_pages=PAGES.size, max_tokens=128, max_outputs=128,
+                  max_sequences=max_sequences, kv_type=kv_type, **more)
+    with open_gguf(path) as file:
         program = build_program(file)
     if kind == "reference":
         from tinychat.ops.reference import ReferenceExecutor

@@ -35,6 +35,49 @@ def sentence_piece_metadata(pieces=(("▁", -1), ("▁h", -2), ("he", -1.5), ("l
     return _metadata("llama", tokens, types, scores=np.array(scores, np.float32), **more)
 
 
+def word_piece_metadata(pieces=("▁un", "▁do", "do", "ne", "▁!", "▁好", "▁ασ", "▁u"), **more) -> dict:
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *pieces]
+    types = [CONTROL] * 4 + [NORMAL] * len(pieces)
+    ids = {"unknown_token_id": 1, "cls_token_id": 2, "seperator_token_id": 3}
+    return _metadata("bert", tokens, types, **{**ids, **more})
+
+
+def unigram_metadata(pieces=(("▁", -2), ("▁a", -1), ("bc", -2), ("b", -3), ("▁abc", -9), ("f", -4),
+                             ("i", -4), ("é", -4), ("e", -4), ("E", -4)), **more) -> dict:
+    """<pad>, </s>, <unk>, <s>, then the pieces with their scores."""
+    tokens = ["<pad>", "</s>", "<unk>", "<s>", *(piece for piece, _ in pieces)]
+    types = [CONTROL, CONTROL, UNKNOWN, CONTROL, *[NORMAL] * len(pieces)]
+    scores = np.array([0.0] * 4 + [score for _, score in pieces], np.float32)
+    flags = {"add_space_prefix": True, "remove_extra_whitespaces": True}
+    return _metadata("t5", tokens, types, scores=scores, **{**flags, **more})
+
+
+def charsmap(table: dict[str, str]) -> np.ndarray:
+    """The table of `tokenizer.ggml.precompiled_charsmap`: each node has 256 words for itself."""
+    words, replacements = [0] * 256, b""
+    nodes = {b"": 0}                   # key -> its place
+    bases = {}                         # key -> where its children stand
+
+    def give_base(key: bytes) -> None:
+        bases[key] = len(words)
+        words.extend([0] * 256)
+        offset = nodes[key] ^ bases[key]
+        words[nodes[key]] |= offset << 10
+
+    give_base(b"")
+    for key, value in sorted((key.encode(), value) for key, value in table.items()):
+        for n in range(1, len(key) + 1):
+            if key[:n] not in nodes:
+                nodes[key[:n]] = bases[key[:n - 1]] ^ key[n - 1]
+                words[nodes[key[:n]]] = key[n - 1]
+                give_base(key[:n])
+        words[nodes[key]] |= 1 << 8
+        words[bases[key]] = len(replacements)
+        replacements += value.encode() + b"\0"
+    trie = np.array(words, "<u4").tobytes()
+    return np.frombuffer(len(trie).to_bytes(4, "little") + trie + replacements, np.uint8)
+
+
 def _metadata(model: str, tokens: list[str], types: list[int], **keys) -> dict:
     keys = {"model": model, "tokens": tokens, "token_type": np.array(types, np.int32), **keys}
     return {f"tokenizer.ggml.{key}": value for key, value in keys.items() if value is not None}

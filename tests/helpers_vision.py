@@ -46,9 +46,17 @@ def worst(found, expected):
     return np.abs(found - expected).max() / expected.std(), cosines.min()
 
 
+def picture(height, width):
+    """uint8 (height, width, 3): waves of several lengths."""
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([np.sin(x * 0.7) + np.cos(y * 0.3), np.sin(x * y * 0.01), np.cos(x * 0.2 - y)],
+                     2)
+    return ((waves / 4 + 0.5) * 255).astype(np.uint8)
+
+
 # Random towers, as llama.cpp's converter writes them
 
-N_EMBD, N_FF, N_TEXT = 32, 48, 40
+N_EMBD, N_FF, N_TEXT = 32, 48, 64
 FAMILIES = {
     "idefics3": dict(image_size=32, patch_size=8, merge=2, biases=True),
     "mlp": dict(image_size=32, patch_size=8, pre_ln=True, class_embd=True, biases=True),
@@ -59,13 +67,17 @@ FAMILIES = {
 
 
 class Maker:
-    """Writes the file; `drop` leaves tensors out, `change` gives others instead."""
+    """Writes the file; `drop` leaves tensors out, `change` gives others instead.
+
+    class_last: the table of positions in the order that llama.cpp (of mid 2026) has the rows in: it
+    appends the class row to the patches, where the models have it in front.
+    """
 
     def __init__(self, path, kind, *, seed=1, n_layer=3, metadata=None, drop=(), change=None,
                  **how):
         self.rng = np.random.default_rng(seed)
         self.how = {"merge": 1, "pre_ln": False, "class_embd": False, "ls": False,
-                    "two_moments": False, **FAMILIES[kind], **how}
+                    "two_moments": False, "class_last": False, **FAMILIES[kind], **how}
         self.drop, self.change, self.n_layer = drop, change or {}, n_layer
         self.writer = gguf.GGUFWriter(path, "clip")
         self._metadata(kind, metadata or {})
@@ -114,6 +126,8 @@ class Maker:
             shape = self.change[name]
         scale = scale or 1.5 / np.sqrt(shape[-1] if len(shape) == 2 else 10)
         values = self.rng.normal(around, scale, shape)
+        if name == "v.position_embd.weight" and self.how["class_last"] and self.how["class_embd"]:
+            values = np.roll(values, -1, 0)
         self.writer.add_tensor(name, values.astype(dtype))
 
     def linear(self, name, n_out, n_in, bias=True):
@@ -181,3 +195,17 @@ class Maker:
     def _qwen2vl(self):
         self.linear("mm.0", 4 * N_EMBD, 4 * N_EMBD)
         self.linear("mm.2", N_TEXT, 4 * N_EMBD)
+
+
+# What llama.cpp makes of some of them: (kind, how it is made, picture's height and width)
+PEER_CASES = {
+    "idefics3": ("idefics3", dict(metadata={"clip.vision.preproc_image_size": 128}), (70, 173)),
+    "internvl": ("internvl", {}, (64, 64)),
+    "mlp": ("mlp", dict(metadata={"clip.vision.feature_layer": [2]}), (32, 32)),
+    "mlp without class": ("mlp", dict(metadata={"clip.vision.feature_layer": [2]},
+                                      class_embd=False), (40, 40)),
+    "pixtral": ("pixtral", {}, (64, 64)),
+    "pixtral merged": ("pixtral", dict(metadata={"clip.vision.spatial_merge_size": 2}, merge=2),
+                       (64, 64)),
+    "qwen2vl": ("qwen2vl_merger", {}, (64, 96)),
+}

@@ -253,8 +253,6 @@ def test_an_image_needs_a_model_that_sees(chat_of):
     """C-035."""
     content = [{"type": "text", "content": "a"}, IMAGE]
     assert chat_of(says("x")).error(content) == ("invalid_value", "input.1")
-    sees = ScriptedEntry(capabilities={"vision": True, "trained_for_tool_use": False})
-    assert chat_of(says("x"), entries=[sees]).error(content) == ("not_implemented", "input.1")
 
 
 # ---- loading

@@ -11,7 +11,8 @@ from helpers_native import (  # noqa: E402
     PAGES, U, all_outputs, both, every_level, executor_of, normal)
 from helpers_program import batch, weight  # noqa: E402
 from tinychat.errors import KernelError  # noqa: E402
-from tinychat.ops.program import Heads  # noqa: E402
+from tinychat.ops.lowering import barriers, lower  # noqa: E402
+from tinychat.ops.program import Heads, plan_slots  # noqa: E402
 from tinychat.ops.recorder import Recorder  # noqa: E402
 from tinychat.ops.reference import ReferenceExecutor  # noqa: E402
 
@@ -168,6 +169,20 @@ def test_later_layers_attend_to_what_an_earlier_one_stored(isa):
 
     got, expected = both(build, isa, all_outputs(n))
     assert np.abs(got - expected).max() <= bound(more, [q, *qkv[1:]], n)
+
+
+def test_a_shared_kv_layer_is_not_stored_to_while_others_still_read_it():
+    rng, heads = np.random.default_rng(0), heads_of(2, 1, 16, 16, causal=False, span=0)
+    g = Recorder(keeps_kv=False)
+    x = attended(g, inputs_of(rng, heads, 4), heads)
+    for _ in range(2):
+        x = g.attend(x, g.columns(x, 0, 16), g.columns(x, 16, 16), heads)
+    lowered = lower(g.finish("encoder", g.outputs(x)))
+    waits = barriers(lowered.ops, plan_slots(lowered)[0])
+    touching = [i for i, op in enumerate(lowered.ops) if op.name in ("store_kv", "attend")]
+    assert [lowered.ops[i].name for i in touching] == ["store_kv", "attend"] * 3
+    for before, after in zip(touching, touching[1:]):
+        assert any(waits[before + 1:after + 1])
 
 
 # Pages, steps, threads

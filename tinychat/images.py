@@ -89,8 +89,8 @@ def kind_of(data: bytes) -> str:
     for kind, (_, beginning) in KINDS.items():
         if beginning.match(data):
             return kind
-    raise InvalidRequest("expected a PNG, JPEG, WebP, GIF or BMP image, "
-                         + (f"got bytes that begin with {bytes(data[:8])!r}" if data else "got none"))
+    found = f"bytes that begin with {bytes(data[:8])!r}" if data else "none"
+    raise InvalidRequest(f"expected a PNG, JPEG, WebP, GIF or BMP image, got {found}")
 
 
 def parse_data_url(url: str) -> bytes:
@@ -211,7 +211,7 @@ def _stripped_jpeg(data: bytes) -> tuple[bytes, bytes]:
 def _orientation(exif: bytes) -> int:
     """1 to 8; 1, upright, where nothing readable is said.
 
-    byte order "II" or "MM" | u16 42 | u32 offset of: u16 n | n * (u16 tag | u16 type | u32 n | value)
+    "II" or "MM" | u16 42 | u32 offset of: u16 n | n * (u16 tag | u16 type | u32 n | u32 value)
     """
     tiff = exif.removeprefix(b"Exif\0\0")
     order = {b"II": "little", b"MM": "big"}.get(tiff[:2])

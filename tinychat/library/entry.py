@@ -13,6 +13,7 @@ from gguf.constants import LlamaFileType
 
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import GGUFFile, open_gguf
+from tinychat.models.vision import KNOWN, projector_of
 from tinychat.text.prompt.template import ChatTemplate, source_of
 
 QUANT_SUFFIX = re.compile(r"[-._](I?Q\d\w*|[BF]\d{2}|MXFP4\w*)$", re.IGNORECASE)  # model-Q4_K_M
@@ -58,6 +59,10 @@ class ModelEntry:
     selected_variant: str | None = None
     mmproj: Path | None = None
     stamp: tuple | None = None
+
+    @property
+    def sees(self) -> bool:
+        return self.capabilities.get("vision", False)
 
     def is_as_it_was(self) -> bool:
         """Are its files those that were read?"""
@@ -105,7 +110,8 @@ def describe(path: Path, key: str, publisher: str, mmproj: Path | None = None) -
                                            DEFAULT_MAX_CONTEXT)),
             path=path, type="embedding" if embedding else "llm",
             description=_text(metadata, "general.description"),
-            capabilities={} if embedding else _capabilities(metadata), mmproj=mmproj, stamp=stamp)
+            capabilities={} if embedding else _capabilities(metadata, mmproj), mmproj=mmproj,
+            stamp=stamp)
 
 
 def quantization(file: GGUFFile) -> Quantization:
@@ -138,12 +144,22 @@ def _n_values(file: GGUFFile) -> int:
     return sum(math.prod(tensor.shape) for tensor in file.tensors.values())
 
 
-def _capabilities(metadata: dict) -> dict:
+def _capabilities(metadata: dict, mmproj: Path | None) -> dict:
     template = ChatTemplate(source_of(metadata))
-    found = {"vision": False, "trained_for_tool_use": "tools" in (template.source or "")}
+    found = {"vision": mmproj is not None and is_known_tower(mmproj),
+             "trained_for_tool_use": "tools" in (template.source or "")}
     if reasoning := template.reasoning:
         found["reasoning"] = reasoning
     return found
+
+
+def is_known_tower(path: Path) -> bool:
+    """Whether it is a vision tower of a kind that can be used; a broken file is told of at load."""
+    try:
+        with open_gguf(path) as file:
+            return projector_of(file.metadata) in KNOWN
+    except ModelFileError:
+        return True
 
 
 def parts(path: Path) -> Iterator[Path]:

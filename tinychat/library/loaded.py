@@ -149,14 +149,13 @@ def _open_model(entry, n_ctx, settings, report) -> LoadedModel:
         _check_vocabulary(file, program, tokenizer)
         template = ChatTemplate.from_metadata(file.metadata, tokenizer)
         sight = None
-        if entry.mmproj:
+        if entry.sees:
             sight = Sight(entry, program, threads=settings.threads)
             undo.callback(sight.close)
         report(0.3)
         memory = plan(program, entry, n_ctx, settings)
-        is_llm = entry.type == "llm"
-        run = _engine if is_llm else _embedder
-        executor, engine = run(undo, entry, file, program, n_ctx, settings, memory)
+        run = _engine if entry.type == "llm" else _embedder
+        executor, engine = run(undo, file, program, n_ctx, settings, memory)
         report(1.0)
         undo.pop_all()
     return LoadedModel(entry, file, program, executor, engine, tokenizer, template, n_ctx,
@@ -165,10 +164,10 @@ def _open_model(entry, n_ctx, settings, report) -> LoadedModel:
 
 
 def _program(entry: ModelEntry, file: GGUFFile, n_ctx: int) -> Program:
-    return build_program(file, n_ctx=n_ctx, hidden=entry.type != "llm", sees=bool(entry.mmproj))
+    return build_program(file, n_ctx=n_ctx, hidden=entry.type != "llm", sees=entry.sees)
 
 
-def _engine(undo: ExitStack, entry, file, program, n_ctx, settings, memory):
+def _engine(undo: ExitStack, file, program, n_ctx, settings, memory):
     executor = open_executor(
         program, n_pages=memory.n_pages, n_window_pages=memory.n_window_pages,
         n_states=memory.n_states, max_tokens=settings.step_tokens(n_ctx, program),
@@ -182,7 +181,7 @@ def _engine(undo: ExitStack, entry, file, program, n_ctx, settings, memory):
     return executor, engine
 
 
-def _embedder(undo: ExitStack, entry, file, program, n_ctx, settings, memory):
+def _embedder(undo: ExitStack, file, program, n_ctx, settings, memory):
     executor = open_executor(
         program, n_pages=n_embedder_pages(n_ctx, MIN_SLOTS), n_window_pages=None,
         n_states=MIN_SLOTS, max_tokens=n_ctx, max_outputs=n_ctx, max_sequences=MIN_SLOTS,
@@ -217,7 +216,7 @@ def plan(program: Program, entry: ModelEntry, n_ctx: int, settings: LoadSettings
     return plan_memory(program, n_ctx=n_ctx, parallel=settings.parallel if is_llm else 1,
                        max_tokens=settings.step_tokens(n_ctx, program) if is_llm else n_ctx,
                        kv_type=settings.kv_type if is_llm else "f32",
-                       extra_bytes=entry.mmproj.stat().st_size if entry.mmproj else 0, dequantized=why_reference() is not None,
+                       extra_bytes=entry.mmproj.stat().st_size if entry.sees else 0, dequantized=why_reference() is not None,
                        available=None if available is None else available + freed_bytes)
 
 

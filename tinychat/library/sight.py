@@ -12,6 +12,7 @@ from tinychat.gguf_file import open_gguf
 from tinychat.library.entry import ModelEntry
 from tinychat.models.vision import EncodedImage, ImageBlock, VisionEncoder
 from tinychat.ops.program import Program
+from tinychat.text.tokenizer import Tokenizer
 
 KEPT_BYTES = 256 << 20  # of encoded images
 
@@ -51,6 +52,7 @@ class Sight:
             n_embd = next(op.out.width for op in program.ops if op.name == "embed")
             self._encoder = VisionEncoder(self._file, n_embd=n_embd, threads=threads)
             if self._encoder.width != program.input_width:
+                self._encoder.close()
                 raise ModelFileError(f"{entry.mmproj}: its images have {self._encoder.width} values"
                                      f" a token, the model takes {program.input_width}")
         except BaseException:
@@ -60,9 +62,10 @@ class Sight:
         self._kept: OrderedDict[bytes, Seen] = OrderedDict()  # least recently seen first
         self._closed = False
 
-    @property
-    def encoder(self) -> VisionEncoder:
-        return self._encoder
+    def placeholder_id(self, tokenizer: Tokenizer) -> int:
+        """The token that image tokens are counted as; 0 where the family has none."""
+        ids = tokenizer.encode(self._encoder.placeholder or "", special=True)
+        return ids[0] if len(ids) == 1 else 0
 
     def knows_all(self, data_urls: Sequence[str]) -> bool:
         """Whether seeing these takes no time."""

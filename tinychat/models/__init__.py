@@ -3,7 +3,7 @@ from functools import partial
 
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import GGUFFile
-from tinychat.models import deepseek2, llama, recurrent
+from tinychat.models import deepseek2, gemma4, llama, llama4, recurrent, single
 from tinychat.models.config import ModelConfig, Use
 from tinychat.models.experts import Experts
 from tinychat.models.llama import Family
@@ -13,23 +13,32 @@ from tinychat.ops.recorder import Recorder
 
 __all__ = ["ARCHITECTURES", "ModelConfig", "build_program"]
 
-_GEMMA3 = Family(norms="around", activation="gelu", window_period=6, local_base=10000.0, local_is_scaled=False,
-                 root_scaled=True, wide_head_layers=62, both_ways=True)
+_GEMMA3 = Family(norms="around", activation="gelu", window_period=6, local_base=10000.0,
+                 local_is_scaled=False, root_scaled=True, wide_head_layers=62, both_ways=True)
 _LATENT = Family(rope="adjacent", mixer=deepseek2.latent_attention,
                  experts=Experts(normalise=False))
+_NEMOTRON_H = Family(activation="relu2", experts=Experts("sigmoid", normalise=False))
 
 # GGUF name: what the files of a family do not say themselves
 FAMILIES = {
     "arcee": Family(rope="adjacent", activation="relu2"),
-    "bert": Family(norms="added", activation="gelu_erf"),
+    "bailingmoe": Family(rope="adjacent", experts=Experts(normalise=False)),
+    "bailingmoe2": Family(experts=Experts("sigmoid", normalise=False)),
+    "bert": Family(norms="added", rope="learned", activation="gelu_erf"),
     "chatglm": Family(rope="adjacent"),
     "cohere2": Family(norms="beside", rope="adjacent", window_period=4, local_rope_only=True,
                       multiplied_logits=True),
     "command-r": Family(norms="beside", rope="adjacent", multiplied_logits=True),
+    "deepseek": Family(rope="adjacent", experts=Experts(normalise=False)),
+    "dots1": Family(experts=Experts("sigmoid", normalise=False)),
     "ernie4_5": Family(rope="adjacent"),
+    "ernie4_5-moe": Family(rope="adjacent"),
     "exaone": Family(),
     "exaone4": Family(norms="after", window_period=4, local_rope_only=True),
+    "exaone-moe": Family(window_period=4, default_window=128, local_rope_only=True,
+                         experts=Experts("sigmoid", normalise=False)),
     "falcon": Family(norms="beside", activation="gelu_erf"),
+    "falcon-h1": Family(mixer=recurrent.falcon_h1),
     "gemma": Family(activation="gelu", root_scaled=True),
     "gemma-embedding": _GEMMA3,
     "gemma2": Family(norms="around", activation="gelu", window_period=2, default_window=4096,
@@ -39,28 +48,37 @@ FAMILIES = {
     "glm4moe": Family(ffn_norm="post_attention_norm", experts=Experts("sigmoid")),
     "gpt-oss": Family(ffn_norm="post_attention_norm", window_period=2,
                       experts=Experts("chosen", activation="silu_clamped")),
-    "gpt2": Family(activation="gelu"),
+    "gpt2": Family(rope="learned", activation="gelu"),
     "gptneox": Family(norms="either", activation="gelu_erf"),
     "granite": Family(rope="adjacent", rope_switch=True),
     "granitehybrid": Family(rope="adjacent", rope_switch=True, mixer=recurrent.granite_hybrid),
     "granitemoe": Family(rope="adjacent", rope_switch=True),
     "hunyuan-dense": Family(norm_after_rope=True),
+    "hunyuan-moe": Family(norm_after_rope=True),
     "internlm2": Family(rope="adjacent"),
-    "lfm2": Family(mixer=recurrent.lfm2, output_norm="token_embd_norm"),
+    "lfm2": Family(mixer=recurrent.lfm2, output_norm="token_embd_norm", window_period=1),
     "lfm2moe": Family(mixer=recurrent.lfm2, output_norm="token_embd_norm",
                       experts=Experts("sigmoid")),
     "llama": Family(rope="adjacent"),
-    "minicpm": Family(rope="adjacent"),
+    "llama4": Family(rope="adjacent", no_rope_every=4, mixer=llama4.attention,
+                     experts=Experts("sigmoid", normalise=False, weighted_inputs=True)),
+    "minicpm": Family(rope="adjacent", scales_by_size=True),
+    "minimax-m2": Family(experts=Experts("sigmoid")),
     "mistral3": Family(rope="adjacent"),
     "modern-bert": Family(bare_first=True, activation="gelu_erf", window_period=3,
                           global_first=True),
     "nemotron": Family(activation="relu2"),
     "nomic-bert": Family(norms="added"),
+    "nomic-bert-moe": Family(norms="added", activation="gelu_erf",
+                             experts=Experts(normalise=False)),
+    "olmo": Family(rope="adjacent", output_norm=""),
     "olmo2": Family(norms="after", window_period=4, local_is_scaled=False),
     "olmoe": Family(experts=Experts(normalise=False)),
     "orion": Family(),
     "phi2": Family(norms="beside", activation="gelu"),
     "phi3": Family(window_period=1),
+    "phimoe": Family(window_period=1),
+    "qwen": Family(n_ff_parts=2),
     "qwen2": Family(),
     "qwen2moe": Family(experts=Experts(normalise=False)),
     "qwen2vl": Family(axes="blocks"),
@@ -75,7 +93,7 @@ FAMILIES = {
     "seed_oss": Family(ffn_norm="post_attention_norm"),
     "smollm3": Family(rope="adjacent", no_rope_every=4),
     "stablelm": Family(norms="either"),
-    "starcoder": Family(activation="gelu"),
+    "starcoder": Family(rope="learned", activation="gelu"),
     "starcoder2": Family(activation="gelu"),
     "xverse": Family(rope="adjacent"),
 }
@@ -85,6 +103,10 @@ ENCODERS = {"gemma-embedding"}  # also where the file does not say so
 ARCHITECTURES = {
     **{name: partial(llama.describe, family=family) for name, family in FAMILIES.items()},
     "deepseek2": partial(deepseek2.describe, family=_LATENT),
+    "gemma4": gemma4.describe,
+    "mamba2": partial(single.describe, family=Family()),
+    "nemotron_h": partial(single.describe, family=_NEMOTRON_H),
+    "nemotron_h_moe": partial(single.describe, family=_NEMOTRON_H),
 }
 
 

@@ -213,8 +213,8 @@ class ModelConfig:
         n_layer = n_blocks - n_ahead
         n_embd = keys.integer("embedding_length", 1, MAX_WIDTH)
         n_ctx = keys.integer("context_length", 1, MAX_CONTEXT)
-        n_head = keys.integers("attention.head_count", n_blocks, 1, n_embd)
-        key_length, value_length = head_lengths(keys, n_embd, n_head[0])
+        n_head = keys.integers("attention.head_count", n_blocks, 0, n_embd)
+        key_length, value_length = head_lengths(keys, n_embd, max(n_head) or 1)
         attention_scale = keys.number("attention.scale", 0, 1e6, 0.0)
         norm = "layer" if keys.has(NORM_EPS["layer"]) and not keys.has(NORM_EPS["rms"]) else "rms"
         pattern = "attention.sliding_window_pattern"
@@ -260,7 +260,7 @@ def kv_heads(keys: Keys, n_head: tuple[int, ...]) -> tuple[int, ...]:
         return n_head
     found = keys.integers("attention.head_count_kv", len(n_head), 0, max(n_head))
     for layer, (n, n_kv) in enumerate(zip(n_head, found)):
-        if n_kv and n % n_kv:
+        if n_kv and (n % n_kv or not n):
             raise ModelFileError(f"metadata key {keys.prefix}.attention.head_count_kv: expected a "
                                  f"divisor of the {n} heads of layer {layer}, got {n_kv}")
     return found

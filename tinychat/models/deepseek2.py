@@ -6,13 +6,14 @@ taken into the row's space head by head (`attn_k_b`), and what attention gives i
 Source: DeepSeek-V2 report, section 2.1 and appendix C. R: kv_lora_rank.
 """
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from tinychat.gguf_file import GGMLQuantizationType, QTensor
 from tinychat.models import layers, llama
-from tinychat.models.config import MAX_WIDTH, ModelConfig
+from tinychat.models.config import MAX_CONTEXT, MAX_WIDTH, ModelConfig
 from tinychat.models.weights import Weights, gathered
 from tinychat.ops.meaning import dequantize
 from tinychat.ops.program import Buffer, Heads, Rope
@@ -28,7 +29,7 @@ def describe(g: Recorder, w: Weights, config: ModelConfig, family: llama.Family)
 
 
 def latent_attention(g: Recorder, w: Weights, h: Buffer, config: ModelConfig, i: int,
-                     heads: Heads, rope: Rope | None) -> Buffer:
+                     heads: Callable[[], Heads], rope: Rope | None) -> Buffer:
     """h (T, E) -> (T, E)."""
     keys, n_head, n_rot = config.keys, config.n_head[i], config.rope.n_rot
     rank = keys.integer("attention.kv_lora_rank", 1, MAX_WIDTH)
@@ -38,9 +39,15 @@ def latent_attention(g: Recorder, w: Weights, h: Buffer, config: ModelConfig, i:
     row, key = layers.linear_parts(g, w, "attn_kv_a_mqa", h, rank, n_rot)
     row = layers.norm(g, w, "attn_kv_a_norm", row, config)                    # (T, R)
     into, out_of = _latent_maps(w, n_head, rank, key_length - n_rot, value_length)
-    q = g.join(g.head_linear(plain, into), g.rope(turned, n_rot, rope), n_head)
-    k = g.join(row, g.rope(key, n_rot, rope))                                 # (T, R + D_rope)
-    shape = replace(heads, n_head_kv=1, key_length=rank + n_rot, value_length=rank,
+    if rope:
+        turned, key = g.rope(turned, n_rot, rope), g.rope(key, n_rot, rope)
+    q = g.join(g.head_linear(plain, into), turned, n_head)
+    k = g.join(row, key)                                                      # (T, R + D_rope)
+    if config.temperature_scale:
+        length = keys.integer("attention.temperature_length", 1, MAX_CONTEXT,
+                              config.rope.n_ctx_orig)
+        q = g.temper(q, config.temperature_scale, length)
+    shape = replace(heads(), n_head_kv=1, key_length=rank + n_rot, value_length=rank,
                     scale=_scale(config, key_length))
     out = g.head_linear(g.attend(q, k, row, shape), out_of)                   # (T, H * Dv)
     return layers.linear(g, w, "attn_output", out, h.width)

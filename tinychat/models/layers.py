@@ -32,8 +32,14 @@ def linear_parts(g: Recorder, w: Weights, name: str, x: Buffer, *widths: int) ->
 
 
 def norm(g: Recorder, w: Weights, name: str, x: Buffer, config: ModelConfig) -> Buffer:
-    """The file's kind of norm over a row, by NAME.weight, and NAME.bias if it is there."""
-    weight, bias = w.tensor(f"{name}.weight", x.width), w.optional(f"{name}.bias", x.width)
+    """The file's kind of norm over a row, by NAME.weight, and NAME.bias if it is there.
+
+    An empty name: the norm alone. Falcon-H1's files have one that is called NAME.
+    """
+    if not name:
+        return _normed(g, x, None, None, config, x.width)
+    own = f"{name}.weight" if w.has(f"{name}.weight") or not w.has(name) else name
+    weight, bias = w.tensor(own, x.width), w.optional(f"{name}.bias", x.width)
     return _normed(g, x, weight, bias, config, x.width)
 
 
@@ -91,7 +97,7 @@ def finish(g: Recorder, w: Weights, config: ModelConfig, x: Buffer,
     `output` makes the logits, or the embedding where both are tied.
     """
     x = g.outputs(x)
-    if config.causal or w.has(f"{norm_name}.weight"):
+    if config.causal or w.has(f"{norm_name}.weight"):  # encoders may end without
         x = norm(g, w, norm_name, x, config)
     name = "output" if w.has("output.weight") else "token_embd"
     if config.use.hidden:
@@ -142,7 +148,7 @@ def ffn(g: Recorder, w: Weights, x: Buffer, n_ff: int, activation: str = "silu",
     gate, up, down = (f"ffn_{name}{suffix}" for name in ("gate", "up", "down"))
     if w.has(f"{gate}.weight"):
         hidden = g.gate(activation, linear(g, w, gate, x, n_ff), linear(g, w, up, x, n_ff))
-    elif w.has(f"{up}.weight") and w.shape(f"{up}.weight")[0] == 2 * n_ff:
+    elif w.has(f"{up}.weight") and w.shape(f"{up}.weight")[:1] == (2 * n_ff,):
         hidden = g.gate(activation, *linear_parts(g, w, up, x, n_ff, n_ff))
     else:
         hidden = g.activate(activation, linear(g, w, up, x, n_ff))

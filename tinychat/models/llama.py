@@ -4,8 +4,10 @@ What differs between them is in the file: which tensors there are, and its numbe
 does not say is a family's traits.
 """
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
+from tinychat.errors import ModelFileError
 from tinychat.models import experts, layers
 from tinychat.models.config import ModelConfig
 from tinychat.models.experts import Experts
@@ -15,7 +17,8 @@ from tinychat.models.weights import Weights
 from tinychat.ops.program import Buffer, Heads, Rope
 from tinychat.ops.recorder import Recorder
 
-# (g, w, h, config, i, heads, rope) -> (T, E)
+# (g, w, h, config, i, heads, rope) -> (T, E); heads() is the shape of layer i's attention, asked
+# for only where there is one
 Mixer = Callable[..., Buffer | None]
 
 
@@ -32,7 +35,7 @@ class Family:
       either  before, or beside where the file lacks `ffn_norm` or says so
       added   after each addition
     ffn_norm: its name. bare_first: the first layer has no norm before its attention.
-    rope: which values make a pair, see ops.program.Rope. axes: how pairs are shared out between
+    rope: which values make a pair, see ops.program.Rope; or "learned": positions are embedded. axes: how pairs are shared out between
     time, row and column, see rope.axes_of. rope_switch: `rope.scaling.finetuned` says whether
     there is rope at all. no_rope_every: each so-manieth layer has none. local_rope_only: nor has
     one without a window, where some have one. norm_after_rope: of the heads.
@@ -44,7 +47,9 @@ class Family:
     wide_head_layers: a model of so many layers scales its scores by E / H, not by the head.
     both_ways: the tokens of an image attend to one another in both directions.
     mixer: what a layer has in the place of attention, None from it where it has attention.
-    experts: of layers with a router. output_norm: the name of the last norm.
+    experts: of layers with a router. output_norm: the name of the last norm; empty: no norm has a
+    weight. n_ff_parts: of feed_forward_length, each as wide as the feed-forward part.
+    scales_by_size: embedding, residual and logit scale follow from the size where not in the file.
     """
 
     norms: str = "before"
@@ -69,6 +74,8 @@ class Family:
     mixer: Mixer | None = None
     experts: Experts = Experts()
     output_norm: str = "output_norm"
+    n_ff_parts: int = 1
+    scales_by_size: bool = False
 
     def window(self, config: ModelConfig, i: int) -> int:
         """Of layer i; 0: it sees everything."""
@@ -89,12 +96,15 @@ class Family:
 
 def describe(g: Recorder, w: Weights, config: ModelConfig, family: Family) -> Buffer:
     """One step for the batch's tokens -> logits (n_outputs, V), or the hidden state."""
+    if family.scales_by_size:
+        config = _scaled_by_size(config)
+    _refuse_clamp(config)
     ropes = _ropes(w, config, family)
     x = layers.embed(g, w, config, layers.root(config.n_embd) if family.root_scaled else 1.0)
     if family.output_norm != "token_embd_norm":
         x = layers.optional_norm(g, w, "token_embd_norm", x, config)          # (T, E)
     for i in range(config.n_layer):
-        heads = _heads(config, family, i) if config.n_head_kv[i] or not family.mixer else None
+        heads = partial(_heads, config, family, i)
         x = block(g, w.layer(i), config, family, x, i, heads, ropes[i])
         x = add_deep_features(g, config, x, i)
     x = layers.finish(g, w, config, x, family.output_norm)
@@ -102,6 +112,20 @@ def describe(g: Recorder, w: Weights, config: ModelConfig, family: Family) -> Bu
         return x
     scale = config.logit_scale if family.multiplied_logits else 1 / config.logit_scale
     return layers.scaled(g, x, scale)
+
+
+def _scaled_by_size(config: ModelConfig) -> ModelConfig:
+    """Older files of MiniCPM have none of these. Source: its model card's configuration."""
+    by_size = {"embedding_scale": 12.0, "residual_scale": 1.4 / layers.root(config.n_layer),
+               "logit_scale": config.n_embd / 256}
+    return replace(config, **{name: value for name, value in by_size.items()
+                              if not config.keys.has(name)})
+
+
+def _refuse_clamp(config: ModelConfig) -> None:
+    if config.keys.number("attention.clamp_kqv", 0, 1e6, 0.0):
+        raise ModelFileError(f"metadata key {config.architecture}.attention.clamp_kqv: clamped "
+                             "queries, keys and values are not supported")
 
 
 def _heads(config: ModelConfig, family: Family, i: int) -> Heads:
@@ -129,29 +153,31 @@ def _ropes(w: Weights, config: ModelConfig, family: Family) -> list[Rope | None]
                                        axes=axes_of(config, family.axes))
         return made[is_local]
     has_rope = config.rope.finetuned or not family.rope_switch
-    if not has_rope or w.has("position_embd.weight"):  # positions are learned, or none
+    if family.rope == "learned":
+        w.tensor("position_embd.weight", None, config.n_embd)
+    if not has_rope or family.rope == "learned":
         return [None] * config.n_layer
     return [of_layer(i) for i in range(config.n_layer)]
 
 
 def block(g: Recorder, w: Weights, config: ModelConfig, family: Family, x: Buffer, i: int,
-          heads: Heads | None, rope: Rope | None) -> Buffer:
+          heads: Callable[[], Heads], rope: Rope | None) -> Buffer:
     """Transformer block i: x (T, E) -> (T, E); the family says where its norms stand."""
     def attention(h: Buffer) -> Buffer:
         if family.mixer:
             out = family.mixer(g, w, h, config, i, heads, rope)
             if out is not None:
                 return out
-        return layers.attention(g, w, h, heads, rope, config,
+        return layers.attention(g, w, h, heads(), rope, config,
                                 norm_after_rope=family.norm_after_rope)
 
     def ffn(h: Buffer) -> Buffer:
         if w.has("ffn_gate_inp.weight"):
             return experts.ffn(g, w, h, config, i, family.experts, family.activation)
-        return layers.ffn(g, w, h, config.n_ff[i], family.activation)
+        return layers.ffn(g, w, h, config.n_ff[i] // family.n_ff_parts, family.activation)
 
     def normed(name: str, h: Buffer) -> Buffer:
-        return norm(g, w, name, h, config)
+        return norm(g, w, name if family.output_norm else "", h, config)
 
     residual, norms = config.residual_scale, family.norms
     if norms == "either":

@@ -46,6 +46,12 @@ class StateSizes:
                           keys.integer("ssm.state_size", 1, MAX_WIDTH), n_head, n_group)
 
 
+def _check_causal(config: ModelConfig) -> None:
+    if not config.causal:
+        raise ModelFileError(f"metadata key {config.architecture}.attention.causal is false, but "
+                             "a recurrent layer cannot see what comes later")
+
+
 def convolved(g: Recorder, w: Weights, parts: list[Buffer], kernel: int) -> list[Buffer]:
     """silu of each part's share of `ssm_conv1d`, whose rows are theirs in this order."""
     n = sum(x.width for x in parts)
@@ -65,6 +71,7 @@ def mamba2(g: Recorder, w: Weights, h: Buffer, config: ModelConfig, *,
 
     grouped_norm: the gated norm is of each group's share of a row by itself.
     """
+    _check_causal(config)
     sizes = StateSizes.of(config)
     n, n_bc = sizes.inner, sizes.n_group * sizes.n_state
     z, x, b, c, dt = layers.linear_parts(g, w, "ssm_in", h, n, n, n_bc, n_bc, sizes.n_head)
@@ -87,6 +94,7 @@ def _vector(w: Weights, name: str, n: int):
 
 def short_conv(g: Recorder, w: Weights, h: Buffer, config: ModelConfig) -> Buffer:
     """LFM2's gated convolution: out(c * conv(b * x)): h (T, E) -> (T, E)."""
+    _check_causal(config)
     n = h.width
     kernel = config.keys.integer("shortconv.l_cache", 1, 1024)
     b, c, x = layers.linear_parts(g, w, "shortconv.in_proj", h, n, n, n)
@@ -97,11 +105,10 @@ def short_conv(g: Recorder, w: Weights, h: Buffer, config: ModelConfig) -> Buffe
 
 def delta_net(g: Recorder, w: Weights, h: Buffer, config: ModelConfig, *, tiled: bool) -> Buffer:
     """A gated delta net layer: h (T, E) -> (T, E); tiled: see ops.program.DeltaNet."""
+    _check_causal(config)
     sizes = StateSizes.of(config)
-    n_keys = sizes.n_group * sizes.n_state
     shape = DeltaNet(sizes.n_group, sizes.n_head, sizes.n_state, sizes.head_dim, tiled)
-    q, k, v = layers.linear_parts(g, w, "attn_qkv", h, n_keys, n_keys, sizes.inner)
-    z = layers.linear(g, w, "attn_gate", h, sizes.inner)
+    q, k, v, z = _delta_inputs(g, w, h, sizes)
     q, k, v = convolved(g, w, [q, k, v], sizes.kernel)
     alpha, beta = _alpha_beta(g, w, h, sizes)
     vectors = [_vector(w, name, sizes.n_head) for name in ("ssm_a", "ssm_dt.bias")]
@@ -109,6 +116,20 @@ def delta_net(g: Recorder, w: Weights, h: Buffer, config: ModelConfig, *, tiled:
     y = g.delta_net(q, _unit_heads(g, k, sizes.n_state), v, alpha, beta, *vectors, shape)
     y = g.rmsnorm(y, w.tensor("ssm_norm.weight", sizes.head_dim), config.norm_eps)
     return layers.linear(g, w, "ssm_out", g.gate("silu", z, y), h.width)
+
+
+def _delta_inputs(g: Recorder, w: Weights, h: Buffer, sizes: StateSizes) -> list[Buffer]:
+    """q, k, v and what gates the output. Older files have, key head by key head, the rows of all
+    four in one matrix."""
+    n_keys, n = sizes.n_group * sizes.n_state, sizes.inner
+    if not w.has("ssm_in.weight"):
+        qkv = layers.linear_parts(g, w, "attn_qkv", h, n_keys, n_keys, n)
+        return [*qkv, layers.linear(g, w, "attn_gate", h, n)]
+    fused = w.tensor("ssm_in.weight", 2 * n_keys + 2 * n, h.width)
+    rows = np.arange(fused.shape[0]).reshape(sizes.n_group, -1)
+    ends = np.cumsum([sizes.n_state, sizes.n_state, n // sizes.n_group])
+    return [g.linear(h, gathered(fused, part.reshape(-1), name))
+            for part, name in zip(np.split(rows, ends, axis=1), ("query", "key", "value", "gate"))]
 
 
 def _unit_heads(g: Recorder, x: Buffer, head_dim: int) -> Buffer:
@@ -149,6 +170,12 @@ def gated_attention(g: Recorder, w: Weights, h: Buffer, config: ModelConfig, hea
 
 # Mixers of families
 
+def falcon_h1(g, w, h, config, i, heads, rope) -> Buffer:
+    """Both side by side."""
+    attended = layers.attention(g, w, h, heads(), rope, config)
+    return g.add(attended, mamba2(g, w, h, config))
+
+
 def granite_hybrid(g, w, h, config, i, heads, rope) -> Buffer | None:
     return None if config.n_head_kv[i] else mamba2(g, w, h, config, grouped_norm=False)
 
@@ -159,11 +186,11 @@ def lfm2(g, w, h, config, i, heads, rope) -> Buffer | None:
 
 def qwen3_next(g, w, h, config, i, heads, rope, *, tiled: bool = False) -> Buffer:
     """Which layers are recurrent is in the file, or all but each so-manieth."""
-    recurrent = config.keys.flags("attention.recurrent_layers", config.n_layer)
+    recurrent = config.keys.flags("attention.recurrent_layers", config.n_layer + config.n_ahead)
     every = config.keys.integer("full_attention_interval", 1, 4096, 4)
     if recurrent[i] if recurrent else (i + 1) % every:
         return delta_net(g, w, h, config, tiled=tiled)
-    return gated_attention(g, w, h, config, heads, rope)
+    return gated_attention(g, w, h, config, heads(), rope)
 
 
 def qwen35(g, w, h, config, i, heads, rope) -> Buffer:

@@ -57,7 +57,7 @@ def place(x: np.ndarray, inputs: np.ndarray, rows: np.ndarray, column: int) -> n
 def rmsnorm(x: np.ndarray, weight: np.ndarray | None = None, *, eps: float,
             group: int) -> np.ndarray:
     """x / sqrt(mean(x²) + eps) * weight over each group of values of a row."""
-    groups = x.reshape(len(x), -1, group)
+    groups = x.reshape(len(x), x.shape[1] // group, group)
     mean = np.mean(groups * groups, axis=-1, keepdims=True)
     return _weighted(groups / np.sqrt(mean + np.float32(eps)), x.shape, weight)
 
@@ -65,7 +65,7 @@ def rmsnorm(x: np.ndarray, weight: np.ndarray | None = None, *, eps: float,
 def layernorm(x: np.ndarray, weight: np.ndarray | None = None, bias: np.ndarray | None = None, *,
               eps: float, group: int) -> np.ndarray:
     """(x - mean) / sqrt(variance + eps) * weight + bias over each group of values of a row."""
-    groups = x.reshape(len(x), -1, group)
+    groups = x.reshape(len(x), x.shape[1] // group, group)
     groups = groups - np.mean(groups, axis=-1, keepdims=True)
     variance = np.mean(groups * groups, axis=-1, keepdims=True)
     return _weighted(groups / np.sqrt(variance + np.float32(eps)), x.shape, weight, bias)

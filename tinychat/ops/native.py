@@ -143,7 +143,7 @@ class NativeExecutor:
         return self._runner.state_bytes
 
     def step(self, batch: Batch) -> np.ndarray:
-        """The program's result float32 (n_outputs, width), a view that is valid until the next step.
+        """The program's result float32 (n_outputs, width), a view, valid until the next step.
 
         Raises: KernelError for a batch that this executor cannot run, or while a step runs.
         """

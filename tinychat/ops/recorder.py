@@ -184,6 +184,10 @@ class Recorder:
         width = heads.n_head * heads.value_length
         return self._record("attend", width, (q,), (sinks,), layer=layer, heads=heads)
 
+    def fits_kv_layer(self, layer: int, heads: Heads) -> bool:
+        """Whether `attend_again` can read KV layer `layer` with these heads."""
+        return _stored_alike(heads, self._kv[layer])
+
     @property
     def last_kv_layer(self) -> int:
         return len(self._kv) - 1

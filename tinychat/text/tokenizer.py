@@ -1,14 +1,17 @@
 r"""Text to token ids and back, for the vocabularies that come inside GGUF files.
 
-Three families, by `tokenizer.ggml.model` and `tokenizer.ggml.pre`:
+Five families, by `tokenizer.ggml.model` and `tokenizer.ggml.pre`:
 
     gpt2     BPE over bytes: text is cut into words by a pattern, the bytes of a word are joined
              pair by pair in the order of the merge list
     llama    SentencePiece: no words; spaces become ▁, and the pair whose joined text is the
              vocabulary's best-scored piece is joined first; what is left is spelt in bytes <0x41>
     gemma4   the pieces of the second, joined in the merge order of the first
+    bert     WordPiece (`wordpiece`): cleaned text, the longest piece of a word first
+    t5       Unigram (`unigram`): normalised text, the likeliest of all ways to cut it
 
-All three are one loop (`words.join_pairs`) over the symbols of a word, and a cache of words.
+The first three are one loop (`words.join_pairs`) over the symbols of a word. All are a way to
+prepare a text, to cut it into words, and to encode a word, with a cache of words.
 Source: ggml-org/llama.cpp: src/llama-vocab.cpp, for what the files mean; minbpe for the loop.
 """
 import codecs
@@ -18,6 +21,8 @@ from itertools import chain
 from typing import Any
 
 from tinychat.errors import ModelFileError
+from tinychat.text import unigram, wordpiece
+from tinychat.text.charsmap import Charsmap
 from tinychat.text.pretokenizers import pretokenizer
 from tinychat.text.special_texts import SpecialTexts
 from tinychat.text.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary
@@ -42,21 +47,29 @@ class Tokenizer:
     eog_ids: the tokens after which a model has nothing more to say. stop_ids: with those that begin
     the next turn, which is not the model's.
     add_bos, add_eos: whether the file wants them round a prompt.
+    drops_first_space: whether the first space of a decoded text is the one `encode` put there.
+
+    prepare: text, whether it begins the prompt or follows a special token -> what is cut.
+    always_bos: whatever the file says. closing_id: the token at a prompt's end where it is not eos.
     """
 
     def __init__(self, vocabulary: Vocabulary, encode_word: Callable[[str], list[int]],
-                 cut: Callable[[str], list[str]], *, byte_level: bool, add_space_prefix: bool,
-                 add_bos: bool):
+                 cut: Callable[[str], list[str]], prepare: Callable[[str, bool], str], *,
+                 byte_level: bool = False, drops_first_space: bool = False, add_bos: bool = False,
+                 always_bos: bool = False, add_eos: bool = False, closing_id: int | None = None):
         self.tokens = vocabulary.tokens
         self.n_vocab = len(self.tokens)
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
         self.eog_ids = vocabulary.eog_ids
         self.stop_ids = vocabulary.stop_ids
-        self.add_bos = vocabulary.flag("add_bos_token", add_bos) and self.bos_id is not None
-        self.add_eos = vocabulary.flag("add_eos_token", False) and self.eos_id is not None
+        add_bos = vocabulary.flag("add_bos_token", add_bos) or always_bos
+        self.add_bos = add_bos and self.bos_id is not None
+        self.add_eos = vocabulary.flag("add_eos_token", add_eos) and self.eos_id is not None
+        self._closing_id = self.eos_id if closing_id is None and self.add_eos else closing_id
         self._types = vocabulary.types
         self._byte_level = byte_level
-        self._add_space_prefix = add_space_prefix
+        self.drops_first_space = drops_first_space
+        self._prepare = prepare
         self._cut = cut
         self._ids_of = WordCache(encode_word)
         self._bytes: list[bytes | None] = [None] * self.n_vocab
@@ -75,9 +88,13 @@ class Tokenizer:
                 return _character_pairs(vocabulary, add_bos=True)
             case "llama":
                 return _sentence_pieces(vocabulary)
+            case "bert":
+                return _word_pieces(vocabulary)
+            case "t5":
+                return _likeliest_pieces(vocabulary)
             case model:
-                raise ModelFileError("tokenizer.ggml.model: expected gpt2, llama or gemma4, "
-                                     f"got {model!r}")
+                raise ModelFileError("tokenizer.ggml.model: expected gpt2, llama, gemma4, bert or "
+                                     f"t5, got {model!r}")
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`, without bos and eos. special: the texts of control tokens become those
@@ -96,20 +113,20 @@ class Tokenizer:
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a rendered prompt: control tokens are found, bos comes first if the file wants it
-        and the template has not written it."""
+        """Ids of a whole input, as a text to embed: control tokens are found, and bos and eos stand
+        round them if the file wants them and the text has not written them (bert: CLS and SEP)."""
         ids = self.encode(text, special=True)
         if self.add_bos and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
+        if self._closing_id is not None and ids[-1:] != [self._closing_id]:
+            ids.append(self._closing_id)
         return ids
 
     def encode_plain(self, text: str, after_special: bool) -> Iterable[int]:
         """Ids of `text` in which nothing is looked for, user-defined tokens neither: what text
         from outside becomes. after_special: it begins the prompt or follows a special token."""
-        if not self._byte_level:
-            prefix = SPACE if self._add_space_prefix and after_special else ""
-            text = prefix + text.replace(" ", SPACE)
-        return chain.from_iterable(map(self._ids_of.__getitem__, self._cut(text)))
+        words = self._cut(self._prepare(text, after_special))
+        return chain.from_iterable(map(self._ids_of.__getitem__, words))
 
     def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD. special=False leaves control
@@ -147,11 +164,6 @@ class Tokenizer:
     def is_control(self, id: int) -> bool:
         """Whether a token stands for no text of its own (unknown tokens count as control)."""
         return self._types[id] in (CONTROL, UNKNOWN)
-
-    @property
-    def drops_first_space(self) -> bool:
-        """Whether the first space of a decoded text is the one that `encode` put there."""
-        return self._add_space_prefix
 
 
 class Decoder:
@@ -193,7 +205,7 @@ def seconds_to_encode(tokenizer: Tokenizer, text: str) -> float:
     return time.process_time() - start
 
 
-# The three families
+# The families
 
 def _byte_pairs(vocabulary: Vocabulary) -> Tokenizer:
     pre = pretokenizer(vocabulary.string("pre", None))
@@ -214,7 +226,7 @@ def _byte_pairs(vocabulary: Vocabulary) -> Tokenizer:
         """For what joins to a control token. A byte that is no token is left out, as elsewhere."""
         return [ids[byte] for byte in piece if byte in ids]
 
-    return Tokenizer(vocabulary, encode_word, pre.cut, byte_level=True, add_space_prefix=False,
+    return Tokenizer(vocabulary, encode_word, pre.cut, _as_it_is, byte_level=True,
                      add_bos=pre.add_bos)
 
 
@@ -227,8 +239,8 @@ def _character_pairs(vocabulary: Vocabulary, *, add_bos: bool) -> Tokenizer:
             return [ids[word]]
         return _ids_of_pieces(join_pairs(word, ranks, " "), ids, spell)
 
-    return Tokenizer(vocabulary, encode_word, cut_between_pieces(ids, "\n"), byte_level=False,
-                     add_space_prefix=False, add_bos=add_bos)
+    return Tokenizer(vocabulary, encode_word, cut_between_pieces(ids, "\n"), _spacer(False),
+                     add_bos=add_bos, always_bos=add_bos)
 
 
 def _sentence_pieces(vocabulary: Vocabulary) -> Tokenizer:
@@ -238,8 +250,48 @@ def _sentence_pieces(vocabulary: Vocabulary) -> Tokenizer:
     def encode_word(word: str) -> list[int]:
         return _ids_of_pieces(join_pairs(word, ranks, ""), ids, spell)
 
-    return Tokenizer(vocabulary, encode_word, cut_between_pieces(ids), byte_level=False,
-                     add_space_prefix=vocabulary.flag("add_space_prefix", True), add_bos=True)
+    prefix = vocabulary.flag("add_space_prefix", True)
+    return Tokenizer(vocabulary, encode_word, cut_between_pieces(ids), _spacer(prefix),
+                     drops_first_space=prefix, add_bos=True)
+
+
+def _word_pieces(vocabulary: Vocabulary) -> Tokenizer:
+    """CLS and SEP stand round every input, whatever the flags say."""
+    vocabulary.respell(wordpiece.respeller)
+    lowercase = vocabulary.flag("normalizer.lowercase", True)
+    normalize = wordpiece.normalizer(
+        lowercase, vocabulary.flag("normalizer.strip_accents", lowercase))
+    encode_word = wordpiece.word_encoder(vocabulary.ids_by_text(), vocabulary.unknown(100))
+    return Tokenizer(vocabulary, encode_word, wordpiece.cut, lambda text, _: normalize(text),
+                     drops_first_space=True, always_bos=True, closing_id=vocabulary.sep_id)
+
+
+def _likeliest_pieces(vocabulary: Vocabulary) -> Tokenizer:
+    ids, costs = vocabulary.ids_by_text(), vocabulary.score_ranks()
+    special = {vocabulary.tokens[id] for id in vocabulary.special_ids}
+    unknown_cost = unigram.UNKNOWN_PENALTY + max(
+        (cost for text, cost in costs.items() if text not in special), default=0.0)
+    encode_word = unigram.word_encoder(costs, ids, unknown_cost, vocabulary.unknown(2))
+    replace = Charsmap(vocabulary.charsmap()).replace
+    prefix = vocabulary.flag("add_space_prefix", False)
+    space = unigram.spacer(prefix, vocabulary.flag("remove_extra_whitespaces", False))
+    # a run of unknown characters is one token, so words are only cut where ▁ is known
+    cut = cut_between_pieces(ids) if SPACE in ids else lambda text: [text]
+    return Tokenizer(vocabulary, encode_word, cut,
+                     lambda text, after_special: space(replace(text), after_special),
+                     drops_first_space=prefix, add_eos=True)
+
+
+def _as_it_is(text: str, after_special: bool) -> str:
+    return text
+
+
+def _spacer(prefix: bool) -> Callable[[str, bool], str]:
+    """Spaces become ▁, and one comes first after a special token if the file wants a prefix."""
+    def space(text: str, after_special: bool) -> str:
+        return (SPACE if prefix and after_special else "") + text.replace(" ", SPACE)
+
+    return space
 
 
 def _ids_of_pieces(pieces: list[str], ids: dict[str, int],

@@ -2,9 +2,11 @@
 import re
 import reprlib
 from collections.abc import Callable
-from itertools import repeat
+from itertools import compress, repeat
 from operator import contains
 from typing import Any
+
+import numpy as np
 
 from tinychat.errors import ModelFileError
 
@@ -27,6 +29,8 @@ _END_OF_FILL = {
     "fim_rep_token_id": "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>".split(),
     "fim_sep_token_id": "<|file_sep|> <|plamo:file_separator|>".split(),
 }
+# bos, eos and sep where the file names none
+_DEFAULT_IDS = {"llama": (1, 2, None), "t5": (None, 1, None), "bert": (101, None, 102)}
 
 
 class Vocabulary:
@@ -41,14 +45,15 @@ class Vocabulary:
         types = self._numbers("token_type")
         self.types: list[int] = types[:len(self.tokens)] if types else [NORMAL] * len(self.tokens)
         self._all_ids = dict(zip(self.tokens, range(len(self.tokens))))
-        default = (1, 2) if self.string("model") == "llama" else (None, None)
-        self.bos_id = self._token_id("bos_token_id", default[0])
-        self.eos_id = self._token_id("eos_token_id", default[1])
+        bos, eos, sep = _DEFAULT_IDS.get(self.string("model"), (None, None, None))
+        self.bos_id = self._token_id("bos_token_id", self._token_id("cls_token_id", bos))
+        self.eos_id = self._token_id("eos_token_id", eos)
+        self.sep_id = self._token_id("seperator_token_id", sep)        # GGUF spells it so
         self.eog_ids = self._end_of_generation()
         self.stop_ids = self.eog_ids | {
             self._all_ids[text] for text in _NEXT_TURN if text in self._all_ids
             and self.types[self._all_ids[text]] in (CONTROL, USER_DEFINED)}
-        self._special_ids = [id for id, type in enumerate(self.types) if type != NORMAL]
+        self.special_ids = [id for id, type in enumerate(self.types) if type != NORMAL]
         self._check_bytes()
 
     def string(self, key: str, *default: str | None) -> str | None:
@@ -125,7 +130,7 @@ class Vocabulary:
 
     def ids_of_type(self, *types: int) -> list[int]:
         """types: any but NORMAL."""
-        return [id for id in self._special_ids if self.types[id] in types]
+        return [id for id in self.special_ids if self.types[id] in types]
 
     def ids_by_text(self) -> dict[str, int]:
         """The tokens that ordinary text can become: no control token may come of what a user
@@ -144,6 +149,21 @@ class Vocabulary:
             self._report_bad_merge(merges)
         return dict(zip(reversed(merges), range(len(merges) - 1, -1, -1)))
 
+    def respell(self, respeller: Callable[[list[str]], Callable[[str], str]]) -> None:
+        """Gives the ordinary tokens other texts. respeller: all their texts -> old text -> new."""
+        ordinary = [type == NORMAL for type in self.types]
+        spell = respeller([*compress(self.tokens, ordinary)])
+        self.tokens = [spell(text) if is_ordinary else text
+                       for text, is_ordinary in zip(self.tokens, ordinary)]
+        self._all_ids = dict(zip(self.tokens, range(len(self.tokens))))
+
+    def charsmap(self) -> np.ndarray | None:
+        """The bytes of the table by which Unigram normalises a text."""
+        value = self._metadata.get("tokenizer.ggml.precompiled_charsmap")
+        if value is not None and getattr(value, "dtype", None) not in (np.uint8, np.int8):
+            raise _wrong("precompiled_charsmap", "an array of bytes", value)
+        return value
+
     def _report_bad_merge(self, merges: list[str]) -> None:
         for i, merge in enumerate(merges):
             if " " not in merge or merge.replace(" ", "", 1) not in self._all_ids:
@@ -161,14 +181,18 @@ class Vocabulary:
     def byte_speller(self) -> Callable[[str], list[int]]:
         """text -> the ids of its bytes; the unknown token where the vocabulary has no bytes."""
         of_byte = {int(self.tokens[id][3:5], 16): id for id in self.ids_of_type(BYTE)}
-        unknown = self._token_id("unknown_token_id", None)
-        rest = [] if unknown is None else [unknown]
+        rest = self.unknown(None)
 
         def spell(text: str) -> list[int]:
             ids = [of_byte.get(byte) for byte in text.encode()]
             return rest if None in ids else ids
 
         return spell
+
+    def unknown(self, default: int | None) -> list[int]:
+        """The unknown token, or nothing where there is none."""
+        id = self._token_id("unknown_token_id", default)
+        return [] if id is None else [id]
 
     def swallows_spaces(self) -> frozenset[int]:
         """The special tokens that take the spaces behind them along. GGUF has no place for that;

@@ -1,6 +1,6 @@
 """Towers with a class row: LLaVA's CLIP, and InternVL's, which cuts large pictures into tiles.
 
-Source: LLaVA-1.5 and InternVL 2.5 reports; transformers: models/clip, models/llava, models/internvl.
+Source: LLaVA-1.5 and InternVL 2.5 reports; transformers: models/clip, models/llava.
 """
 import math
 
@@ -21,8 +21,10 @@ MAX_TILES = 100
 class Llava(Tower):
     """The picture in the middle of a square of CLIP's mean colour.
 
-    All blocks of the file are run: converters leave out those behind the features that LLaVA takes.
-    NOTE: of LLaVA-1.6 only the whole picture is seen, not its tiles.
+    All blocks of the file are run: the converter has left out the one behind the features that
+    LLaVA was trained on. NOTE: llama.cpp (of mid 2026) leaves out one more, and takes the class row
+    for the last, not the first, so its features are others. Of LLaVA-1.6 only the whole picture is
+    seen, not its tiles.
     """
 
     def __init__(self, config: VisionConfig, w: Weights):

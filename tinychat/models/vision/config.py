@@ -10,7 +10,9 @@ from tinychat.models.config import MAX_LAYERS, Keys
 
 MAX_SIDE = 8192           # pixels of a tower's square
 MAX_WIDTH = 1 << 16
-MAX_ROWS = 5120           # patches in one step: 1280 tokens where 2x2 of them make one
+# Patches in one step: 1280 tokens where 2x2 of them make one. The largest towers known have 60 to
+# 110 KB of buffers for each, so 300 to 570 MB; a smaller picture only touches what it needs.
+MAX_ROWS = 5120
 PROJECTOR_KEYS = ("clip.projector_type", "clip.vision.projector_type")
 
 
@@ -44,7 +46,6 @@ class VisionConfig:
     activation: str        # gelu | gelu_quick | silu
     mean: np.ndarray
     std: np.ndarray
-    projection_dim: int
     keys: Keys
 
     @staticmethod
@@ -63,12 +64,11 @@ class VisionConfig:
         return VisionConfig(
             n_layer=keys.integer("block_count", 1, MAX_LAYERS), n_embd=n_embd, n_head=n_head,
             head_dim=head_dim or n_embd // n_head, image_size=image_size,
-            patch_size=keys.integer("patch_size", 1, 256),
+            patch_size=keys.integer("patch_size", 1, 64),
             norm_eps=keys.number("attention.layer_norm_epsilon", 0, 1),
             activation="silu" if use_silu else "gelu" if use_gelu else "gelu_quick",
             mean=_colour(metadata, "clip.vision.image_mean", -10, 10),
-            std=_colour(metadata, "clip.vision.image_std", 1e-3, 10),
-            projection_dim=keys.integer("projection_dim", 0, 1 << 24, 0), keys=keys)
+            std=_colour(metadata, "clip.vision.image_std", 1e-3, 10), keys=keys)
 
 
 def _colour(metadata: dict[str, Any], key: str, low: float, high: float) -> np.ndarray:

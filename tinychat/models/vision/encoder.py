@@ -19,7 +19,8 @@ from tinychat.ops.batch import Batch
 from tinychat.ops.program import PAGE_TOKENS, Program
 from tinychat.ops.recorder import Recorder
 
-TOWER_PART = 0.95  # of a tile's time; the projector takes the rest
+TOWER_PART = 0.95       # of a tile's time; the projector takes the rest
+PROJECTOR_ROWS = 256    # tokens of one of the projector's steps
 
 # projector type: how it sees
 TOWERS: dict[str, type[Tower]] = {
@@ -28,6 +29,7 @@ TOWERS: dict[str, type[Tower]] = {
     "internvl": InternVL,
     "mlp": Llava,
     "pixtral": Pixtral,
+    "qwen2.5o": Qwen25,
     "qwen2.5vl_merger": Qwen25,
     "qwen2vl_merger": Qwen2,
     "qwen3vl_merger": Qwen3,
@@ -37,8 +39,9 @@ KNOWN = tuple(sorted(TOWERS))
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """parts: in order, blocks of image tokens, and the texts that the family writes round them, with
-    special tokens as text. both_ways: a block's tokens see one another in both directions."""
+    """parts: in order, blocks of image tokens, and the texts that the family writes round them,
+    special tokens as text. both_ways: a block's tokens see one another in both directions.
+    """
 
     parts: tuple[str | ImageBlock, ...]
     both_ways: bool
@@ -69,8 +72,8 @@ class VisionEncoder:
         how = dict(kind=kind, threads=threads, isa=isa)
         self._tower, self._stages = tower, []
         try:
-            for program in programs:
-                self._stages.append(Stage(program, tower.max_rows, **how))
+            for program, n_rows in zip(programs, (tower.max_rows, PROJECTOR_ROWS)):
+                self._stages.append(Stage(program, n_rows, **how))
         except BaseException:
             self.close()
             raise
@@ -107,9 +110,11 @@ class VisionEncoder:
 
     def _encode_tile(self, scaler: Scaler, tile: Tile, report) -> ImageBlock:
         tower, (see, project), grid = self._tower, self._stages, self._tower.grid(tile)
-        hidden = see.run(tower.rows(scaler.cut(tile), grid))
+        merged = tower.merge(see.run(tower.rows(scaler.cut(tile), grid)), grid)
         report(1.0)
-        return tower.block(project.run(Rows(tower.merge(hidden, grid))), grid)
+        projected = [project.run(Rows(merged[at:at + PROJECTOR_ROWS]))
+                     for at in range(0, len(merged), PROJECTOR_ROWS)]
+        return tower.image_block(np.concatenate(projected), grid)
 
     def close(self) -> None:
         """May be called again."""
@@ -130,7 +135,7 @@ def record(tower: Tower, name: str) -> tuple[Program, Program]:
 
 
 class Stage:
-    """An executor whose every step is one tile, its rows one after the other."""
+    """An executor whose every step is one tile, or a part of its tokens, its rows in order."""
 
     def __init__(self, program: Program, max_rows: int, **how):
         n_pages = -(-max_rows // PAGE_TOKENS)

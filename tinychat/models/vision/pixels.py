@@ -91,10 +91,13 @@ def fitted_size(height: int, width: int, unit: int, least: int, most: int) -> tu
 
 
 def patches(pixels: np.ndarray, patch: int, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """float32 (n, 3 * patch * patch), row by row; each one's values by channel, y, x."""
-    height, width = pixels.shape[:2]
-    values = (pixels.astype(np.float32) * np.float32(1 / 255) - mean) / std   # (h, w, 3)
-    values = values.reshape(height // patch, patch, width // patch, patch, 3)
+    """float32 (n, 3 * patch * patch), row by row; each one's values by channel, y, x.
+
+    What is left at the right and at the bottom is not seen.
+    """
+    height, width = (n // patch * patch for n in pixels.shape[:2])
+    values = pixels[:height, :width].astype(np.float32) * np.float32(1 / 255)
+    values = ((values - mean) / std).reshape(height // patch, patch, width // patch, patch, 3)
     return values.transpose(0, 2, 4, 1, 3).reshape(-1, 3 * patch * patch)
 
 

@@ -27,7 +27,7 @@ class Pixtral(Tower):
     def __init__(self, config: VisionConfig, w: Weights):
         super().__init__(config, w)
         c = config
-        self.n_merge = c.keys.integer("spatial_merge_size", 1, 16, 1)
+        self.n_merge = c.keys.integer("spatial_merge_size", 1, 8, 1)
         if c.head_dim % 4:
             raise ModelFileError("metadata key clip.vision.attention.head_count: expected heads "
                                  f"of a multiple of 4 values, got {c.head_dim}")
@@ -68,13 +68,13 @@ class Pixtral(Tower):
         squares = squares.reshape(len(squares), -1, hidden.shape[1]).swapaxes(1, 2)
         return squares.reshape(len(squares), -1)
 
-    def block(self, rows: np.ndarray, grid: tuple[int, int]) -> ImageBlock:
+    def image_block(self, rows: np.ndarray, grid: tuple[int, int]) -> ImageBlock:
         """A break behind each row but the last."""
         height, width = grid[0] // self.n_merge, grid[1] // self.n_merge
         out = np.empty((height, width + 1, rows.shape[1]), np.float32)
         out[:, :width] = rows.reshape(height, width, -1)
         out[:, width] = self._break_row(rows.shape[1])
-        return super().block(out.reshape(-1, rows.shape[1])[:-1], grid)
+        return super().image_block(out.reshape(-1, rows.shape[1])[:-1], grid)
 
     def _break_row(self, n_embd: int) -> np.ndarray:
         return dequantize(self.w.tensor("v.token_embd.img_break", n_embd))

@@ -27,7 +27,7 @@ class Qwen2(Tower):
     def __init__(self, config: VisionConfig, w: Weights):
         super().__init__(config, w)
         c = config
-        self.n_merge = c.keys.integer("spatial_merge_size", 1, 16, 2)
+        self.n_merge = c.keys.integer("spatial_merge_size", 1, 8, 2)
         if c.head_dim % 4:
             raise ModelFileError("metadata key clip.vision.attention.head_count: expected heads "
                                  f"of a multiple of 4 values, got {c.head_dim}")
@@ -54,7 +54,7 @@ class Qwen2(Tower):
         axes = np.indices(grid, np.int32).reshape(2, -1).T
         return replace(found, axes=np.ascontiguousarray(axes))
 
-    def block(self, rows: np.ndarray, grid: tuple[int, int]) -> ImageBlock:
+    def image_block(self, rows: np.ndarray, grid: tuple[int, int]) -> ImageBlock:
         height, width = grid[0] // self.n_merge, grid[1] // self.n_merge
         axes = np.indices((1, height, width), np.int32).reshape(3, -1).T
         return ImageBlock(rows, np.ascontiguousarray(axes), max(height, width))

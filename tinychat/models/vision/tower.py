@@ -106,10 +106,10 @@ class Tower:
         """Patches a side of a tower that sees squares of one size."""
         size, patch = self.config.image_size, self.config.patch_size
         side = size // patch
-        if not side or size % patch or side % self.n_merge or side * side >= MAX_ROWS:
+        if not side or side % self.n_merge or side * side >= MAX_ROWS:
             raise ModelFileError(
                 f"metadata key clip.vision.image_size: expected a multiple of {self.n_merge} "
-                f"patches of {patch}, of fewer than {MAX_ROWS} patches in all, got {size}")
+                f"patches of {patch}, fewer than {MAX_ROWS} in all, got {size}")
         return side
 
     # Rows
@@ -135,9 +135,8 @@ class Tower:
         w, n_embd = self.w, self.config.n_embd
         table = dequantize(w.tensor("v.position_embd.weight", None, n_embd)).astype(np.float32)
         if self.has_class:
-            name = "v.class_embd"
             table = table.copy()
-            table[0] += dequantize(w.tensor(name, *w.shape(name))).reshape(-1)
+            table[0] += dequantize(w.tensor("v.class_embd", *w.shape("v.class_embd"))).reshape(-1)
             if w.has("v.patch_embd.bias"):  # it is added to every row
                 table[0] -= dequantize(w.tensor("v.patch_embd.bias", n_embd))
         return table
@@ -150,7 +149,8 @@ class Tower:
         """Patches (h * w, E) -> what each token is made of (n, K)."""
         return windows(hidden, grid, self.n_merge)
 
-    def block(self, rows: np.ndarray, grid: tuple[int, int]) -> ImageBlock:
+    def image_block(self, rows: np.ndarray, grid: tuple[int, int]) -> ImageBlock:
+        """A tile's tokens, where they stand."""
         return ImageBlock(rows, None, len(rows))
 
     # Programs
@@ -164,21 +164,21 @@ class Tower:
         return self.through(g, w, x)
 
     def _embed(self, g: Recorder, w: Weights) -> Buffer:
+        """A patch's values through one matrix, or two of Qwen's: for two moments of one picture."""
         c = self.config
         given = g.given(self.patch_values)
-        x = None
-        for name in ("patch_embd.weight", "patch_embd.weight.1"):  # two moments of one picture
-            if x is not None and not w.has(name):
-                continue
-            weight = reshaped(w.tensor(name, c.n_embd, 3, c.patch_size, c.patch_size),
-                              c.n_embd, self.patch_values)
-            bias = w.optional("patch_embd.bias", c.n_embd) if x is None else None
-            product = g.linear(given, weight, bias)
-            x = product if x is None else g.add(x, product)
+        x = g.linear(given, self._patch_matrix(w, "patch_embd.weight"),
+                     w.optional("patch_embd.bias", c.n_embd))
+        if w.has("patch_embd.weight.1"):
+            x = g.add(x, g.linear(given, self._patch_matrix(w, "patch_embd.weight.1")))
         if w.has("position_embd.weight"):
             self._check_positions()
             x = g.add(x, g.given(c.n_embd, self.patch_values))
         return x
+
+    def _patch_matrix(self, w: Weights, name: str) -> QTensor:
+        side, n_embd = self.config.patch_size, self.config.n_embd
+        return reshaped(w.tensor(name, n_embd, 3, side, side), n_embd, self.patch_values)
 
     def _check_positions(self) -> None:
         """A table of one row for each of a square tile."""

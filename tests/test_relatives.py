@@ -1,0 +1,147 @@
+"""Families without golden files: tiny models of each, beside what llama.cpp makes of them."""
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from helpers_engine import GREEDY, read
+from helpers_golden import EXECUTORS, open_model, prefill, step
+from helpers_relatives import BASE, L, LOGITS, RELATIVES, ROWS, TOKENS, write_relative
+from tinychat.engine import Engine
+from tinychat.errors import ModelFileError
+from tinychat.gguf_file import open_gguf
+from tinychat.models import build_program
+
+OPTIONAL = (".bias", "norm.weight", "output.weight", "shexp.weight", "gate.weight",
+            "gate_exps.weight", "scale.weight", "exps.scale")  # what these have a meaning without
+
+every_relative = pytest.mark.parametrize("name", RELATIVES)
+every_executor = pytest.mark.parametrize("kind", EXECUTORS)
+
+
+@pytest.fixture(scope="module")
+def path_of(tmp_path_factory):
+    """name -> the file, made once."""
+    folder, made = tmp_path_factory.mktemp("relatives"), {}
+
+    def path(name: str):
+        if name not in made:
+            made[name] = write_relative(folder / f"{name}.gguf", name)
+        return made[name]
+    return path
+
+
+def assert_close(logits: np.ndarray, expected: np.ndarray, tolerance: float = 2e-4) -> None:
+    assert np.abs(logits - expected).max() <= tolerance * expected.std()
+
+
+@every_executor
+@every_relative
+def test_logits_agree_with_those_of_llama_cpp(name, kind, path_of):
+    executor = open_model(path_of(name), kind)
+    with np.load(LOGITS) as expected:
+        tolerance = 5e-3 if name.startswith("gemma4") else 2e-4  # its GELU is from a 16-bit table
+        assert_close(step(executor, (0, 0, TOKENS))[ROWS], expected[name], tolerance)
+    executor.close()
+
+
+@every_executor
+@every_relative
+def test_a_prompt_in_chunks_beside_another_gives_the_same_logits(name, kind, path_of):
+    executor, half = open_model(path_of(name), kind), len(TOKENS) // 2
+    same = assert_close if kind == "reference" else np.testing.assert_array_equal
+    whole = step(executor, (0, 0, TOKENS))
+    same(prefill(executor, TOKENS, 11), whole)
+    first = step(executor, (1, 0, TOKENS[:half]))
+    mixed = step(executor, (0, 0, TOKENS), (1, half, TOKENS[half:]))
+    same(np.concatenate([first, mixed[len(TOKENS):]]), whole)
+    same(mixed[:len(TOKENS)], whole)
+    executor.close()
+
+
+def greedy(executor, prompt: list[int], n: int) -> list[int]:
+    """By the plainest loop: the whole text again for each token."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(step(executor, (0, 0, ids))[-1].argmax()))
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("name", ["mamba2", "falcon-h1", "lfm2", "qwen35", "exaone-moe",
+                                  "deepseek2-yarn"])
+def test_turns_and_branches_through_the_engine_answer_as_the_whole_text_does(name, path_of):
+    plain, executor = (open_model(path_of(name), "native avx2", max_sequences=3, n_states=9,
+                                   n_window_pages=20)
+                       for _ in range(2))
+    prompt = TOKENS.tolist()
+    engine = Engine(executor, n_ctx=64, parallel=2, chunk=32)
+
+    def answer(ids: list[int]) -> list[int]:
+        return read(engine.submit(ids, params=GREEDY, max_tokens=5)).ids
+    first = answer(prompt)
+    assert first == greedy(plain, prompt, 5)
+    turn = prompt + first + [3, 1]
+    both = [engine.submit(ids, params=GREEDY, max_tokens=5)
+            for ids in (turn, prompt[:40] + [9, 9, 9])]
+    assert read(both[0]).ids == greedy(plain, turn, 5)
+    assert read(both[1]).ids == greedy(plain, prompt[:40] + [9, 9, 9], 5)
+    engine.close()
+    plain.close()
+
+
+def opened(path) -> SimpleNamespace:
+    """What build_program reads of a file, to be changed."""
+    with open_gguf(path) as file:
+        return SimpleNamespace(architecture=file.architecture, metadata=dict(file.metadata),
+                               tensors=dict(file.tensors))
+
+
+def is_ahead(name: str, tensor: str) -> bool:
+    """Of a layer that guesses at the token after the next, which is not run."""
+    return "nextn_predict_layers" in RELATIVES[name][1] and tensor.startswith(f"blk.{L}.")
+
+
+@every_relative
+def test_a_misshapen_tensor_is_refused_by_name(name, path_of):
+    file = opened(path_of(name))
+    for wrong, tensor in list(file.tensors.items()):
+        if is_ahead(name, wrong):
+            continue
+        file.tensors[wrong] = replace(tensor, shape=(*tensor.shape[:-1], tensor.shape[-1] + 1))
+        with pytest.raises(ModelFileError, match="tensor "):
+            build_program(file)
+        file.tensors[wrong] = tensor
+
+
+@every_relative
+def test_without_a_tensor_the_file_is_refused_or_means_another_model(name, path_of):
+    file = opened(path_of(name))
+    for missing, tensor in list(file.tensors.items()):
+        del file.tensors[missing]
+        try:
+            build_program(file)
+        except ModelFileError as error:
+            assert "tensor" in str(error) and "\n" not in str(error)
+        else:
+            has_another_meaning = missing.endswith(OPTIONAL) or is_ahead(name, missing)
+            assert has_another_meaning or name.startswith("gemma4") and "attn_v" in missing
+        file.tensors[missing] = tensor
+
+
+@every_relative
+def test_absurd_numbers_are_refused_in_one_line(name, path_of):
+    arch, own, _ = RELATIVES[name]
+    file = opened(path_of(name))
+    for key in BASE | own:
+        full = f"{arch}.{key}"
+        if full not in file.metadata:
+            continue
+        right = file.metadata[full]
+        for wrong in (0, 1, 3, -1, 2**31, 0.5, float("nan"), True, "x", [], [1, 2], None):
+            file.metadata[full] = wrong
+            try:
+                build_program(file)
+            except ModelFileError as error:
+                assert "\n" not in str(error)
+        file.metadata[full] = right
