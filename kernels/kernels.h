@@ -183,12 +183,12 @@ typedef struct {
     void (*mul)(const float *a, const float *b, int64_t n, float *out);
     void (*add)(const float *a, const float *b, float scale, int64_t n, float *out);
     void (*scale)(const float *x, float scale, int64_t n, float *out);
-    /* state (n_value, n_state) */
+    /* state (n_state, n_value) */
     void (*mamba2)(const mamba2_step *step, float *state, int64_t n_value, int64_t n_state,
                    float *out);
-    /* state (n_key, n_value) */
+    /* columns [begin, end) of state (n_key, n_value) and of out; begin is a multiple of 64 */
     void (*delta_net)(const delta_net_step *step, float *state, int64_t n_key, int64_t n_value,
-                      float *out);
+                      int64_t begin, int64_t end, float *out);
     /* the highest finite value of each group of SAMPLE_GROUP in x (n), -inf where none is */
     void (*group_maxima)(const float *x, int64_t n, float *maxima);
     /* sum of exp((x - high) * scale) over the finite x (n) */

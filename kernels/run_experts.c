@@ -35,20 +35,23 @@ static int64_t best_of(const float *x, const uint8_t *taken, int64_t n)
     return best;
 }
 
-/* Experts outside of the groups with the best two become -inf. */
+/* Experts outside of the groups with the best two become -inf. A group with one that is no number
+ * is none either. */
 static void refuse_groups(const routing *p, float *judged, float *of_group, uint8_t *taken)
 {
     const int64_t n = p->n_expert / p->n_group;
     for (int64_t g = 0; g < p->n_group; g++) {
         float first = -INFINITY, second = -INFINITY;
+        int none = 0;
         for (int64_t i = 0; i < n; i++) {
             const float x = judged[g * n + i];
             if (x > first)
                 second = first, first = x;
             else if (x > second)
                 second = x;
+            none |= isnan(x);
         }
-        of_group[g] = n > 1 ? first + second : first;
+        of_group[g] = none ? NAN : n > 1 ? first + second : first;
     }
     memset(taken, 0, (size_t)p->n_group);
     for (int64_t i = 0; i < p->n_group_used; i++)

@@ -1,11 +1,12 @@
-/* Mixers with a state: tokens one after the other, threads share the heads or the columns. A token's
- * state is that of its sequence, which begins as zeros at position 0. */
+/* Mixers with a state: tokens one after the other, threads share the heads or the columns. A
+ * token's state is that of its sequence, which begins as zeros at position 0. */
 #include <math.h>
 #include <string.h>
 
 #include "runner.h"
 
-enum { COLUMNS_AT_ONCE = 64 };
+/* of conv: wide, for its rows lie far apart in memory; of delta_net */
+enum { COLUMNS_AT_ONCE = 512, DELTA_COLUMNS = 64 };
 
 static float *state_of(const runner *r, const program_op *op, int64_t t)
 {
@@ -64,7 +65,7 @@ void run_conv(runner *r, const program_op *op, int thread)
         }
 }
 
-/* ---- mamba2: state (n_head, head_dim, n_state) ---- */
+/* ---- mamba2: state (n_head, n_state, head_dim) ---- */
 
 static void mamba2_head(runner *r, const program_op *op, const mamba2_shape *p, int64_t h)
 {
@@ -94,20 +95,25 @@ void run_mamba2(runner *r, const program_op *op, int thread)
 
 /* ---- delta_net: state (n_value_head, key_length, value_length) ---- */
 
-static void delta_net_head(runner *r, const program_op *op, const delta_net_shape *p, int64_t h)
+/* Columns [begin, end) of a head: few enough to stay in the nearest cache from token to token. */
+static void delta_net_columns(runner *r, const program_op *op, int64_t h, int64_t begin,
+                              int64_t end)
 {
-    const int64_t n_floats = (int64_t)p->key_length * p->value_length,
-                  key_head = p->tiled ? h % p->n_key_head : h / (p->n_value_head / p->n_key_head),
-                  key = key_head * p->key_length;
+    const delta_net_shape *p = &r->delta_nets[op->params];
+    const int64_t n_key = p->key_length, n_value = p->value_length,
+                  key_head = p->tiled ? h % p->n_key_head : h / (p->n_value_head / p->n_key_head);
     const float a = vector_of(r, op, 0)[h], dt_bias = vector_of(r, op, 1)[h];
     for (int64_t t = 0; t < r->step->n_tokens; t++) {
+        float *state = state_of(r, op, t) + h * n_key * n_value;
+        for (int64_t i = 0; r->step->positions[t] == 0 && i < n_key; i++)
+            memset(state + i * n_value + begin, 0, (size_t)(end - begin) * sizeof(float));
         const delta_net_step step = {
-            .q = in_row(r, op, 0, t) + key, .k = in_row(r, op, 1, t) + key,
-            .v = in_row(r, op, 2, t) + h * p->value_length,
+            .q = in_row(r, op, 0, t) + key_head * n_key,
+            .k = in_row(r, op, 1, t) + key_head * n_key, .v = in_row(r, op, 2, t) + h * n_value,
             .decay = expf(a * softplus(in_row(r, op, 3, t)[h] + dt_bias)),
             .beta = 1.0f / (1.0f + expf(-in_row(r, op, 4, t)[h]))};
-        r->table->delta_net(&step, state_part(r, op, t, h * n_floats, n_floats), p->key_length,
-                            p->value_length, out_row(r, op, t) + h * p->value_length);
+        r->table->delta_net(&step, state, n_key, n_value, begin, end,
+                            out_row(r, op, t) + h * n_value);
     }
 }
 
@@ -115,10 +121,13 @@ void run_delta_net(runner *r, const program_op *op, int thread)
 {
     (void)thread;
     const delta_net_shape *p = &r->delta_nets[op->params];
-    range heads;
-    while (claim(r, op, p->n_value_head, 1, &heads))
-        for (int64_t h = heads.begin; h < heads.end; h++)
-            delta_net_head(r, op, p, h);
+    const int64_t n = p->value_length, blocks = (n + DELTA_COLUMNS - 1) / DELTA_COLUMNS;
+    range items; /* head * blocks + block */
+    while (claim(r, op, p->n_value_head * blocks, 1, &items))
+        for (int64_t i = items.begin; i < items.end; i++) {
+            const int64_t begin = i % blocks * DELTA_COLUMNS;
+            delta_net_columns(r, op, i / blocks, begin, at_most(begin + DELTA_COLUMNS, n));
+        }
 }
 
 void runner_copy_state(runner *r, int64_t source, int64_t target)

@@ -232,3 +232,17 @@ def test_places_that_do_not_exist_are_refused():
         made.copy_state(0, 2)
     with pytest.raises(KernelError, match="states"):
         made.step(replace(batch([1]), states=np.array([5], np.int32)))
+
+
+@every_level
+def test_a_group_with_an_expert_that_is_no_number_is_chosen_last(isa):
+    rows = np.array([[np.nan, 9, 1, 2, 0, 0], [1, 2, 9, np.nan, np.nan, 9], [np.nan] * 6],
+                    np.float32)
+    g = Recorder()
+    routing = Routing(6, 2, "chosen", n_group=3, n_group_used=1)
+    recorded = g.finish("groups", g.outputs(g.route(g.embed(weight("x", rows)), routing)))
+    step = batch([0, 1, 2], outputs=[0, 1, 2])
+    with np.errstate(invalid="ignore"):
+        expected = ReferenceExecutor(recorded, n_pages=2).step(step)
+    got = executor(recorded, isa).step(step)
+    assert got[:, :2].tolist() == expected[:, :2].tolist() == [[3, 2], [1, 0], [2, 3]]

@@ -20,7 +20,8 @@ def softplus(x: np.ndarray) -> np.ndarray:
 def route(logits: np.ndarray, bias: np.ndarray | None = None, *, routing: Routing) -> np.ndarray:
     """logits (T, n_expert) -> (T, 2 * n_used): ids of the chosen, best first, then their weights.
 
-    Of equals the lower id is better. Source: DeepSeek-V3 report, section 2.1.2 (groups).
+    Of equals the lower id is better, and so it is of groups; what is no number, or a group with
+    one, comes last. Source: DeepSeek-V3 report, section 2.1.2 (groups).
     """
     n = routing.n_used
     scores = {"softmax": softmax, "sigmoid": sigmoid, "chosen": lambda x: x}[routing.gating](logits)

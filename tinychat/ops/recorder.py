@@ -200,7 +200,10 @@ class Recorder:
 
     def route(self, logits: Buffer, routing: Routing, bias: QTensor | None = None) -> Buffer:
         """Choose each token's experts -> (T, 2 * n_used): their ids, best first, then weights."""
-        assert logits.width == routing.n_expert, (logits, routing)
+        assert logits.width == routing.n_expert >= routing.n_used > 0, (logits, routing)
+        assert routing.n_expert % routing.n_group == 0, routing
+        assert 0 < routing.n_group_used <= routing.n_group, routing
+        assert bias is None or _length(bias) == routing.n_expert, (bias, routing)
         return self._record("route", 2 * routing.n_used, (logits,), (bias,), routing=routing)
 
     def experts(self, x: Buffer, routes: Buffer, weight: QTensor,
@@ -209,6 +212,7 @@ class Recorder:
         all of a token's experts or (T, n_used*K) for each its own -> (T, n_used*N)."""
         n_used, (_, n_out, n_in) = routes.width // 2, weight.shape
         assert x.width in (n_in, n_used * n_in), (x, weight)
+        assert bias is None or _length(bias) == weight.shape[0] * n_out, (bias, weight)
         return self._record("experts", n_used * n_out, (x, routes), (weight, bias))
 
     def weigh(self, x: Buffer, routes: Buffer) -> Buffer:
@@ -218,6 +222,7 @@ class Recorder:
     def mix(self, x: Buffer, routes: Buffer, weighted: bool = True) -> Buffer:
         """Sum over a token's routes of weight * x: x (T, n_used*N) -> (T, N)."""
         n_used = routes.width // 2
+        assert x.width % n_used == 0, (x, routes)
         return self._record("mix", x.width // n_used, (x, routes), weighted=weighted)
 
     # Recurrent mixers: each has a state of its own in every sequence
@@ -225,6 +230,7 @@ class Recorder:
     def conv(self, x: Buffer, weight: QTensor, bias: QTensor | None = None) -> Buffer:
         """Causal convolution of each column by itself: weight (x.width, L), bias (x.width,)."""
         assert weight.shape[0] == x.width, (x, weight)
+        assert bias is None or _length(bias) == x.width, (x, bias)
         return self._recurrent("conv", x.width, (weight.shape[1] - 1) * x.width, (x,),
                                (weight, bias))
 
@@ -234,6 +240,8 @@ class Recorder:
         n_values = shape.n_head * shape.head_dim
         assert x.width == n_values and dt.width == shape.n_head, (x, dt, shape)
         assert b.width == c.width == shape.n_group * shape.n_state, (b, c, shape)
+        assert shape.n_head % shape.n_group == 0, shape
+        assert all(_length(w) == shape.n_head for w in (a, d, dt_bias)), (a, d, dt_bias, shape)
         return self._recurrent("mamba2", n_values, n_values * shape.n_state, (x, b, c, dt),
                                (a, d, dt_bias), shape=shape)
 
@@ -243,6 +251,8 @@ class Recorder:
         assert q.width == k.width == shape.n_key_head * shape.key_length, (q, k, shape)
         assert v.width == shape.n_value_head * shape.value_length, (v, shape)
         assert alpha.width == beta.width == shape.n_value_head, (alpha, beta, shape)
+        assert shape.n_value_head % shape.n_key_head == 0, shape
+        assert all(_length(w) == shape.n_value_head for w in (a, dt_bias)), (a, dt_bias, shape)
         return self._recurrent("delta_net", v.width, v.width * shape.key_length,
                                (q, k, v, alpha, beta), (a, dt_bias), shape=shape)
 
