@@ -3,7 +3,6 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from tinychat import images
 from tinychat.cli.commands import fetched, load_shown
 from tinychat.cli.settings import decide
 from tinychat.cli.terminal import one_line, printable, say
@@ -67,6 +66,8 @@ class Talk:
 
     def take_image(self, path: str) -> None:
         """Raises: InvalidRequest for what is no image."""
+        from tinychat import images
+
         data = images.load(Path(path).expanduser())
         images.decode(data)
         self.images.append(images.data_url(data))

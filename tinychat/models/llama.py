@@ -36,9 +36,10 @@ class Family:
       added   after each addition
     ffn_norm: its name. bare_first: the first layer has no norm before its attention.
     rope: which values make a pair, see ops.program.Rope; or "learned": positions are embedded.
-    axes: how pairs are shared out between time, row and column, see rope.axes_of. rope_switch: `rope.scaling.finetuned` says whether
-    there is rope at all. no_rope_every: each so-manieth layer has none. local_rope_only: nor has
-    one without a window, where some have one. norm_after_rope: of the heads.
+    axes: how pairs are shared out between time, row and column, see rope.axes_of.
+    rope_switch: `rope.scaling.finetuned` says whether there is rope at all. no_rope_every: each
+    so-manieth layer has none. local_rope_only: nor has one without a window, where some have one.
+    norm_after_rope: of the heads.
     window_period: each so-manieth layer has no window, 1: all have one, 0: none has;
     global_first: counted from the first layer, not the last. default_window: if not in the file.
     local_base: the rope's base in layers with a window, unless the file has one; local_is_scaled:
