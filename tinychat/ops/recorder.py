@@ -212,6 +212,8 @@ class Recorder:
         all of a token's experts or (T, n_used*K) for each its own -> (T, n_used*N)."""
         n_used, (_, n_out, n_in) = routes.width // 2, weight.shape
         assert x.width in (n_in, n_used * n_in), (x, weight)
+        made = next(op for op in reversed(self._ops) if op.out is routes)
+        assert made.name == "route" and made.params["routing"].n_expert == weight.shape[0], made
         assert bias is None or _length(bias) == weight.shape[0] * n_out, (bias, weight)
         return self._record("experts", n_used * n_out, (x, routes), (weight, bias))
 
