@@ -32,7 +32,8 @@ class Family:
       after   each branch
       beside  before both branches, which are added side by side; `ffn_norm` or `attn_norm_2`
               where one of them has a norm of its own
-      either  before, or beside where the file lacks `ffn_norm` or says so
+      found   before, or beside where the file lacks `ffn_norm`
+      told    before, or beside where the file's `use_parallel_residual` says so
       added   after each addition
     ffn_norm: its name. bare_first: the first layer has no norm before its attention.
     rope: which values make a pair, see ops.program.Rope; or "learned": positions are embedded.
@@ -181,8 +182,10 @@ def block(g: Recorder, w: Weights, config: ModelConfig, family: Family, x: Buffe
         return norm(g, w, name if family.output_norm else "", h, config)
 
     residual, norms = config.residual_scale, family.norms
-    if norms == "either":
-        norms = "before" if w.has("ffn_norm.weight") and not config.parallel_residual else "beside"
+    if norms == "found":
+        norms = "before" if w.has("ffn_norm.weight") else "beside"
+    if norms == "told":
+        norms = "beside" if config.parallel_residual else "before"
     if norms == "added":
         x = normed("attn_output_norm", g.add(x, attention(x)))
         return normed("layer_output_norm", g.add(x, ffn(x)))
