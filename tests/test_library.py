@@ -3,6 +3,7 @@ import json
 import os
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -412,7 +413,8 @@ def test_kernels_that_cannot_be_imported_are_planned_for_as_float32(program, mon
     monkeypatch.delenv("TINYCHAT_PURE", raising=False)
     monkeypatch.setitem(sys.modules, "tinychat.ops.native", None)
     n_values = sum(int(np.prod(weight.shape)) for weight in program.weights())
-    assert loaded.plan(program, ENTRY, 64, loaded.LoadSettings()).weight_bytes == 4 * n_values
+    assert loaded.plan(program, SimpleNamespace(type="llm", sees=False), 64,
+                       loaded.LoadSettings()).weight_bytes == 4 * n_values
 
 
 @pytest.mark.parametrize("files, free", [
