@@ -1,4 +1,4 @@
-"""Tiny models of the families with experts, latents and recurrent layers; see `helpers_relatives`."""
+"""Tiny models of families with experts, latents or states; see `helpers_relatives`."""
 from helpers_relatives import (
     E, EXPERTS, FFN_NORM, F, H, HKV, D, L, MAMBA, THREE_HEADS, U, V, X, attention, dense, experts,
     mamba2, model, square)

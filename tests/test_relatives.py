@@ -16,8 +16,9 @@ from tinychat.gguf_file import open_gguf
 from tinychat.models import build_program
 
 RELATIVES = MIXED | DENSE
-WITH_GELU = {name for name in RELATIVES if name.startswith(
-    ("falcon", "gemma", "gpt", "phi2", "starcoder")) and name not in ("falcon-h1", "falcon-h1-bare")}
+WITH_GELU = {name for name, (arch, _, _) in RELATIVES.items() if arch in (
+    "falcon", "gemma", "gemma2", "gemma3", "gemma4", "gpt2", "gptneox", "phi2", "starcoder",
+    "starcoder2")}
 OPTIONAL = (".bias", "norm.weight", "output.weight", "shexp.weight", "gate.weight",
             "gate_exps.weight", "scale.weight", "exps.scale")  # what these have a meaning without
 
@@ -75,7 +76,7 @@ def greedy(executor, prompt: list[int], n: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["mamba2", "falcon-h1", "lfm2", "qwen35", "exaone-moe",
-                                  "deepseek2-yarn"])
+                                  "deepseek2-yarn", "gemma4-rows"])
 def test_turns_and_branches_through_the_engine_answer_as_the_whole_text_does(name, path_of):
     plain, executor = (open_model(path_of(name), "native avx2", max_sequences=3, n_states=9,
                                    n_window_pages=20)
@@ -144,7 +145,8 @@ def test_absurd_numbers_are_refused_in_one_line(name, path_of):
         if full not in file.metadata:
             continue
         right = file.metadata[full]
-        for wrong in (0, 1, 3, -1, 2**31, 0.5, float("nan"), True, "x", [], [1, 2], None):
+        for wrong in (0, 1, 3, -1, 2**31, 0.5, float("nan"), True, "x", [], [1, 2], None,
+                      np.arange(99)):
             file.metadata[full] = wrong
             try:
                 build_program(file)

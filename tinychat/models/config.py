@@ -65,9 +65,9 @@ class Keys:
         value = self._get(key, None)
         if value is None:
             return None
-        items = list(value) if isinstance(value, (list, np.ndarray)) else []
-        if len(items) != n or not all(item in (0, 1) for item in items):
-            self._fail(key, f"{n} booleans, one a layer", repr(value))
+        items = value.tolist() if isinstance(value, np.ndarray) else value
+        if type(items) is not list or len(items) != n or not all(i in (0, 1) for i in items):
+            self._fail(key, f"{n} booleans, one a layer", repr(items))
         return tuple(map(bool, items))
 
     def is_array(self, key: str) -> bool:
@@ -98,7 +98,7 @@ class Keys:
 
     def _fail(self, key: str, expected: str, got: str):
         raise ModelFileError(f"metadata key {self.prefix}.{key}: "
-                             f"expected {expected}, got {got[:80]}")
+                             f"expected {expected}, got {' '.join(got.split())[:80]}")
 
 
 @dataclass(frozen=True)
