@@ -1,6 +1,6 @@
 """Records what llama.cpp makes of the tiny models of `helpers_relatives`, in golden/relatives.npz.
 
-To be run by hand, in an environment with llama-cpp-python 0.3.36: python tests/make_relatives_peer.py
+Run by hand, by a Python that has llama-cpp-python, gguf and numpy. Not a test.
 """
 import ctypes
 import tempfile
