@@ -1,12 +1,13 @@
 """`tinychat bench`: figures that are there and make sense; how fast is no test's business."""
 import json
+import re
 import sys
 
 import pytest
 from helpers_doors import golden
 
 from tinychat import bench, cli
-from tinychat.bench import rival
+from tinychat.bench import rival, sight
 from tinychat.errors import InvalidRequest, TinychatError
 from tinychat.gguf_file import open_gguf
 from tinychat.models import build_program
@@ -79,3 +80,9 @@ def test_a_rival_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(rival, "SCRIPT", tmp_path / "script.py")
     with pytest.raises(TinychatError, match="neither package"):
         rival.measure_llama_cpp(sys.executable, golden("qwen2-a"), 8, 2, 1)
+
+
+def test_a_towers_speed_is_told_beside_the_machines(capsys):
+    sight.main(["--layers", "1", "--runs", "1"])
+    assert re.search(r"\d s for a picture of 448x448 in 1 layers: \d+ GFLOP/s, \d+% of the \d+",
+                     capsys.readouterr().out)
