@@ -4,19 +4,21 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, TimeoutError as FutureTimeout
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 from tinychat.chat.history import CallIds, images_of, messages_of, round_messages
+from tinychat.chat.looking import Looking
 from tinychat.chat.prompts import Prompts
 from tinychat.chat.round import Prompt, Round
 from tinychat.chat.settings import ChatSettings
 from tinychat.chat.toolbox import Toolbox
+from tinychat.chat.waiting import away, next_of
 from tinychat.contract import ChatRequest
 from tinychat.engine.sequence import (
     Finished, PromptDone, PromptProgress, PromptStarted, Token)
-from tinychat.errors import Overloaded, TinychatError, known
+from tinychat.errors import Overloaded, known
 from tinychat.library import Library, LoadedModel, ModelEntry
 from tinychat.library.sight import Seen
 from tinychat.mcp.results import CallResult
@@ -31,7 +33,7 @@ log = logging.getLogger("tinychat.chat")
 
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
 LEAST_CONTEXT = 2  # an engine has room for a prompt and an answer; a request may ask for less
-LOOK_SHARE, LOOK_WAIT_S = 0.5, 0.1  # of a prompt's progress; between two looks at it
+LOOK_SHARE = 0.5  # of a prompt's progress, where images are encoded for it
 WAIT_S = 1.0  # how long one wait lasts when nobody asked for heartbeats
 
 
@@ -72,7 +74,7 @@ class Chat:
             if not self.model:
                 yield from self._load()
             if not self.round:
-                self._first_round((yield from self._look()))
+                self._first_round((yield from self._look()) if self.images else [])
             yield from self._generate()
             yield from self._away(self.tools.close)
             yield self._chat_end(self._save())
@@ -104,25 +106,8 @@ class Chat:
         if self.settings.stopping():
             raise Overloaded("the server is shutting down")
 
-    def _away(self, work: Callable[[], Any], wait_s: float | None = None) -> Iterator[None]:
-        """Does it on a helper thread, yields None while it waits, and returns its result."""
-        done: Future = Future()
-
-        def run():
-            try:
-                done.set_result(work())
-            except BaseException as error:  # the other thread would wait for ever
-                done.set_exception(error)
-
-        threading.Thread(target=run, name="chat-helper", daemon=True).start()
-        while True:
-            try:
-                return done.result(timeout=wait_s or self.wait_s)
-            except FutureTimeout:
-                if done.done():  # it was the work's own
-                    raise
-                self._check_stopping()
-                yield None
+    def _away(self, work: Callable[[], Any]) -> Iterator[None]:
+        return away(work, self.wait_s, self._check_stopping)
 
     # -- loading
 
@@ -139,7 +124,7 @@ class Chat:
         threading.Thread(target=self._load_into, args=(self.loading, news), name="load",
                          daemon=True).start()
         told = 0.0
-        while (part := _next_of(news, self.wait_s)) is not None:
+        while (part := next_of(news, self.wait_s)) is not None:
             if part > told:
                 told = min(part, 1.0)
                 yield {"type": "model_load.progress", **instance, "progress": told}
@@ -172,28 +157,16 @@ class Chat:
 
     def _look(self) -> Iterator[dict | None]:
         """Encodes the chat's images, the first part of processing its prompt; returns them."""
-        if not self.images:
-            return []
-        sight, urls = self.model.sight, [image.data_url for image in self.images]
-        if not sight.knows_all(urls):
+        looking = Looking(self.model, self.images, self.called_off)
+        if looking.takes_time:
             self.looked = True
             self.stats.begin_prompt(time.perf_counter())
             yield {"type": "prompt_processing.start"}
-        part = 0.0
-
-        def report(now: float):
-            nonlocal part
-            part = now
-            if self.called_off.is_set():
-                raise TinychatError("nobody waits for this image any more")
-        work = self._away(lambda: sight.see_all(urls, report), LOOK_WAIT_S)
-        while True:
-            try:
-                next(work)
-            except StopIteration as end:
-                return end.value
-            yield from self._tell_progress(LOOK_SHARE * part)
+        for part in looking.parts(self._check_stopping):
+            if part is not None:
+                yield from self._tell_progress(LOOK_SHARE * part)
             yield None
+        return looking.seen
 
     def _first_round(self, seen: list[Seen]):
         self.prompts = Prompts(self.model, self.reasoning, bool(self.request.reasoning),
@@ -345,11 +318,3 @@ class Chat:
                  "%.2f s, %s", self.entry.key, stats.n_input,
                  stats.n_cached or self.round.sequence.n_cached, stats.prefill_rate,
                  stats.n_output, stats.decode_rate, now - self.began, self.ending)
-
-
-def _next_of(news: queue.SimpleQueue, wait_s: float) -> float | None:
-    """The next progress of a load, None at its end; 0.0 when there was none in time."""
-    try:
-        return news.get(timeout=wait_s)
-    except queue.Empty:
-        return 0.0
