@@ -17,7 +17,8 @@ from tinychat.models import build_program
 from tinychat.ops.program import PAGE_TOKENS
 
 MODELS = ("llama3-a.Q4_0", "llama3-a.Q4_K", "llama3-a.Q8_0", "llama3-a.MXFP4", "qwen3-a.Q2_K",
-          "smollm2-a", "granite3-a", "qwen2-a")
+          "smollm2-a", "granite3-a", "qwen2-a", "gemma3-vision-a", "cohere2-a", "glm4-a",
+          "deepseek3-a", "gpt-oss-a.MXFP4", "granite4-h-tiny-a", "lfm2moe-a", "qwen3.5-a")
 
 
 class Recorder:
