@@ -11,24 +11,21 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, \
-    WebPImagePlugin
-
 from tinychat.errors import InvalidRequest
 
 URL_HEAD = re.compile(r"data:image/[a-z0-9][a-z0-9.+-]{0,63};base64", re.IGNORECASE)
 
-# name in a data URL: (Pillow's class, how its bytes begin). The classes are used directly, because
-# Image.open warns and keeps limits for the whole process.
+# name in a data URL: how the bytes begin
 KINDS = {
-    "png": (PngImagePlugin.PngImageFile, re.compile(rb"\x89PNG\r\n\x1a\n")),
-    "jpeg": (JpegImagePlugin.JpegImageFile, re.compile(rb"\xff\xd8\xff")),
-    "webp": (WebPImagePlugin.WebPImageFile, re.compile(rb"RIFF....WEBP", re.DOTALL)),
-    "gif": (GifImagePlugin.GifImageFile, re.compile(rb"GIF8[79]a")),
-    "bmp": (BmpImagePlugin.BmpImageFile, re.compile(rb"BM")),
+    "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "jpeg": re.compile(rb"\xff\xd8\xff"),
+    "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "gif": re.compile(rb"GIF8[79]a"),
+    "bmp": re.compile(rb"BM"),
 }
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # what draws the picture
 JPEG_METADATA = (*range(0xE1, 0xEE), 0xEF, 0xFE)  # APP1 … APP15 and comments, but for Adobe's APP14
@@ -69,7 +66,7 @@ def decode(data: bytes, *, limits: Limits = LIMITS) -> np.ndarray:
     kind = kind_of(data)
     try:
         drawing, exif = _stripped(kind, data, limits)
-        with KINDS[kind][0](io.BytesIO(drawing)) as image:
+        with _readers()[kind](io.BytesIO(drawing)) as image:
             _check_size(image.size, limits)
             image.load()
             pixels = _rgb(image)
@@ -86,7 +83,7 @@ def decode(data: bytes, *, limits: Limits = LIMITS) -> np.ndarray:
 
 def kind_of(data: bytes) -> str:
     """Its name in a data URL, judged by how the bytes begin. Raises: InvalidRequest."""
-    for kind, (_, beginning) in KINDS.items():
+    for kind, beginning in KINDS.items():
         if beginning.match(data):
             return kind
     found = f"bytes that begin with {bytes(data[:8])!r}" if data else "none"
@@ -135,6 +132,17 @@ def load(source: str | os.PathLike | bytes, *, limits: Limits = LIMITS) -> bytes
 
 # Pixels
 
+@cache
+def _readers() -> dict[str, type]:
+    """Pillow's class of each kind: used directly, because Image.open warns and keeps limits for the
+    whole process. Imported with the first image: who shows none does not wait for it."""
+    from PIL import (
+        BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin)
+    return {"png": PngImagePlugin.PngImageFile, "jpeg": JpegImagePlugin.JpegImageFile,
+            "webp": WebPImagePlugin.WebPImageFile, "gif": GifImagePlugin.GifImageFile,
+            "bmp": BmpImagePlugin.BmpImageFile}
+
+
 def _check_size(size: tuple[int, int], limits: Limits) -> None:
     width, height = size
     if width < 1 or height < 1:
@@ -144,8 +152,10 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
                              f"taken, and {limits.side} a side")
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-    """uint8 (h, w, 3), over white where the picture is transparent."""
+def _rgb(image) -> np.ndarray:
+    """A Pillow image -> uint8 (h, w, 3), over white where the picture is transparent."""
+    from PIL import Image
+
     if image.mode.startswith(("I", "F")):  # 16-bit grey: the upper byte
         grey = np.clip(np.asarray(image), 0, 0xFFFF).astype(np.uint16) >> 8
         return np.repeat(grey.astype(np.uint8)[:, :, None], 3, 2)
