@@ -6,10 +6,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
-
-RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC,
-            "lanczos": Image.Resampling.LANCZOS}
 
 MAX_SQUARE = 8192  # pixels a side, 200 MB: round a strip of 32768 x 1 it would be 3 GB
 
@@ -37,7 +33,7 @@ class Scaler:
     """One picture in the sizes that its tiles ask for, each made once."""
 
     def __init__(self, pixels: np.ndarray, resample: str):
-        self._resample = RESAMPLE[resample]
+        self._resample = resample
         self._made = {(): pixels}
 
     def cut(self, tile: Tile) -> np.ndarray:
@@ -53,10 +49,14 @@ class Scaler:
         return self._made[sizes]
 
 
-def resized(pixels: np.ndarray, size: tuple[int, int], resample) -> np.ndarray:
+def resized(pixels: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
+    """resample: bilinear, bicubic or lanczos, as Pillow means it."""
+    from PIL import Image  # with the first image, see images.py
+
     if pixels.shape[:2] == size:
         return pixels
-    return np.asarray(Image.fromarray(pixels).resize(size[::-1], resample))
+    method = Image.Resampling[resample.upper()]
+    return np.asarray(Image.fromarray(pixels).resize(size[::-1], method))
 
 
 def padded_square(pixels: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
@@ -67,7 +67,7 @@ def padded_square(pixels: np.ndarray, colour: tuple[int, int, int]) -> np.ndarra
         return pixels
     if side > MAX_SQUARE:
         height, width = (max(1, n * MAX_SQUARE // side) for n in (height, width))
-        pixels, side = resized(pixels, (height, width), RESAMPLE["bicubic"]), MAX_SQUARE
+        pixels, side = resized(pixels, (height, width), "bicubic"), MAX_SQUARE
     out = np.empty((side, side, 3), np.uint8)
     out[:] = colour
     top, left = (side - height) // 2, (side - width) // 2
