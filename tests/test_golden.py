@@ -13,6 +13,7 @@ a file may be further off.
 import numpy as np
 import pytest
 
+import golden_table
 from helpers_golden import (
     EXECUTORS, QTYPES, check, check_greedy, load_golden, open_golden, prefill, step, tolerance)
 
@@ -78,3 +79,11 @@ def test_two_sequences_in_a_step_do_not_see_each_other(name, kind):
     if kind != "reference":
         assert np.array_equal(mixed, alone), "company changes the bits"
     executor.close()
+
+
+def test_the_table_of_all_is_one_command(capsys):
+    assert golden_table.main(["smollm2-a", "llama3-a.Q4_0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == [word for kind in EXECUTORS for word in kind.split()]
+    assert [line.split()[0] for line in lines[1:]] == ["smollm2-a", "llama3-a.Q4_0"]
+    assert all("!" not in line for line in lines)
