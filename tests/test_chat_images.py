@@ -339,3 +339,54 @@ def test_python_refuses_what_is_no_image(library, wrong, says):
     with tinychat.load(MODELS[0], home=library.home, context_length=512) as model:
         with pytest.raises(InvalidRequest, match=says):
             model.chat([wrong, "what is it?"])
+
+
+def test_an_image_that_leaves_no_room_is_the_same_error_as_a_text_that_does(client):
+    name = "gemma3-vision-a"                                    # 16 tokens an image
+    text_error = client.error(text_of(60), model=name, context_length=32)
+    many = [image(picture(50 + i)) for i in range(4)]
+    assert client.error([*many, text("hm")], model=name, context_length=32) == text_error
+    events = client.stream([*many, text("hm")], model=name, context_length=32)
+    assert [event for event, _ in events][-2:] == ["error", "chat.end"]
+    assert events[-2][1]["error"]["code"] == text_error[1]
+
+
+def text_of(n_words: int) -> str:
+    return " ".join(["word"] * n_words)
+
+
+def test_a_broken_tower_is_one_clear_error_at_load(tmp_path):
+    put(tmp_path / "models" / "pub" / "m" / "m.gguf", of_golden(MODELS[0]) / "qwen3vl-a.gguf")
+    whole = (of_golden(MODELS[0]) / "qwen3vl-a.mmproj.gguf").read_bytes()
+    (tmp_path / "models" / "pub" / "m" / "mmproj-F16.gguf").write_bytes(whole[:100_000])
+    with Library(home=tmp_path, default_context_length=64) as library:
+        with pytest.raises(ModelFileError, match="mmproj-F16.gguf"):
+            library.load(library.find("m").key)
+        assert library.instances() == []
+
+
+def test_an_unload_while_an_image_is_encoded_ends_the_chat_with_its_error(library, client,
+                                                                          monkeypatch):
+    """C-134."""
+    begun, leaving, encode = threading.Event(), threading.Event(), VisionEncoder.encode
+
+    def slow(self, pixels, report=lambda part: None):
+        begun.set()
+        assert leaving.wait(WAIT_S)
+        return encode(self, pixels, report)
+    unloading = threading.Thread(target=library.unload, args=(MODELS[1],))
+    client.chat("hi", model=MODELS[1], **GREEDY)
+    monkeypatch.setattr(VisionEncoder, "encode", slow)
+    answers = []
+    chat = threading.Thread(target=lambda: answers.append(
+        client.post({"model": MODELS[1], "input": [image(picture(60)), text("hm")], **GREEDY})))
+    chat.start()
+    assert begun.wait(WAIT_S)
+    unloading.start()
+    wait_until(lambda: library.loaded(MODELS[1]) is None, "the unload")
+    leaving.set()
+    chat.join(3 * WAIT_S)
+    unloading.join(WAIT_S)
+    assert not chat.is_alive() and not unloading.is_alive()
+    (status, body), = answers
+    assert (status, body["error"]["code"]) == (500, "model_unloaded")
