@@ -157,7 +157,7 @@ class Use:
     """What a program is made for.
 
     n_ctx: the context it will be used with, 0: the trained length. hidden: its result is the last
-    hidden state, not logits. sees: images may stand in its prompts.
+    hidden state, not logits, as an encoder's always is. sees: images may stand in its prompts.
     """
 
     n_ctx: int = 0
@@ -200,7 +200,7 @@ class ModelConfig:
     keys: Keys                     # for what only some families have
 
     @staticmethod
-    def from_metadata(metadata: dict[str, Any], use: Use | None = None, *,
+    def from_metadata(metadata: dict[str, Any], use: Use = Use(), *,
                       is_encoder: bool = False) -> "ModelConfig":
         """Raises: ModelFileError naming the key that is missing, of the wrong type or absurd."""
         architecture = metadata.get("general.architecture")
@@ -217,6 +217,7 @@ class ModelConfig:
         n_head = keys.integers("attention.head_count", n_blocks, least, n_embd)
         key_length, value_length = head_lengths(keys, n_embd, max(n_head) or 1)
         attention_scale = keys.number("attention.scale", 0, 1e6, 0.0)
+        causal = keys.boolean("attention.causal", True) and not is_encoder
         norm = "layer" if keys.has(NORM_EPS["layer"]) and not keys.has(NORM_EPS["rms"]) else "rms"
         pattern = "attention.sliding_window_pattern"
         window_layers = keys.flags(pattern, n_blocks) if keys.is_array(pattern) else None
@@ -227,7 +228,7 @@ class ModelConfig:
             n_expert=keys.integer("expert_count", 0, 1 << 16, 0),
             key_length=key_length, value_length=value_length,
             norm=norm, norm_eps=keys.number(NORM_EPS[norm], 0, 1),
-            causal=keys.boolean("attention.causal", True) and not is_encoder,
+            causal=causal,
             rope=RopeConfig.from_keys(keys, key_length, n_ctx),
             attention_scale=attention_scale or 1 / math.sqrt(key_length),
             embedding_scale=keys.factor("embedding_scale"),
@@ -241,7 +242,7 @@ class ModelConfig:
             temperature_scale=keys.number("attention.temperature_scale", 0, 1e3, 0.0),
             parallel_residual=keys.boolean("use_parallel_residual", False),
             n_deepstack=keys.integer("n_deepstack_layers", 0, n_layer, 0),
-            use=replace(use or Use(), n_ctx=use.n_ctx if use and use.n_ctx else n_ctx),
+            use=replace(use, n_ctx=use.n_ctx or n_ctx, hidden=use.hidden or not causal),
             n_ahead=n_ahead, keys=keys)
 
 
