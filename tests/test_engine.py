@@ -752,8 +752,8 @@ os._exit(0)
 
 # Layers with a reach, recurrent states, images
 
-KINDS = {"window": dict(window=40, n_window_pages=40), "states": dict(states=(1,), n_states=9),
-         "both": dict(window=70, n_window_pages=60, states=(1,), n_states=8)}
+KINDS = {"window": dict(window=40, n_window_pages=60), "states": dict(states=(1,), n_states=9),
+         "both": dict(window=70, n_window_pages=80, states=(1,), n_states=8)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -803,7 +803,7 @@ def test_a_cancelled_answer_can_be_gone_on_from(start, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_chats_at_once_keep_apart(start, kind):
-    limits = {**KINDS[kind], "n_window_pages": 80, "n_states": 7} if kind != "states" else \
+    limits = {**KINDS[kind], "n_window_pages": 90, "n_states": 7} if kind != "states" else \
         KINDS[kind]
     engine = start(executor=FakeExecutor(n_pages=50, **limits), n_ctx=512, parallel=4, chunk=60)
     prompts = [prompt(30 + 40 * i, seed=i % 3) for i in range(9)]
@@ -813,7 +813,7 @@ def test_many_chats_at_once_keep_apart(start, kind):
 
 
 def test_logits_of_a_long_prompt_need_its_window_only(start):
-    executor = FakeExecutor(n_pages=96, window=32, n_window_pages=30, max_outputs=64)
+    executor = FakeExecutor(n_pages=96, window=32, n_window_pages=40, max_outputs=64)
     ids = prompt(1000)
     rows = start(executor=executor, n_ctx=1024, chunk=64, parallel=2).logits(ids)
     assert rows[-1].argmax() == answer_after(ids, 1)[0]

@@ -38,6 +38,10 @@ def check_images(images: Sequence[PlacedImage], n_prompt: int, program: Program,
     for image in images:
         if image.rows.ndim != 2 or image.rows.shape[1] != program.input_width:
             raise InvalidRequest("this model does not take these images", param="input")
+        n_axes = program.n_axes if image.axes is None else image.axes.shape[1]
+        if n_axes < program.n_axes:
+            raise InvalidRequest("this model turns by other axes than these images have",
+                                 param="input")
         if not end <= image.first < image.end <= n_prompt:
             raise InvalidRequest("images overlap or lie outside the prompt", param="input")
         if image.both_ways and len(image.rows) > max_tokens:
