@@ -32,7 +32,8 @@ class Embedder:
         self._n_tokens = self._n_steps = 0
 
     def embed(self, texts: list[list[int]]) -> np.ndarray:
-        """float32 (len(texts), width) of token ids; a text's vector is the same beside any others.
+        """float32 (len(texts), width) of token ids; a text's vector is the same
+        beside any others, where the executor's results are.
 
         Raises: InvalidRequest for a text without tokens, ContextOverflow for one that is too long.
         """
