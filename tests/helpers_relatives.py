@@ -2,14 +2,15 @@
 
 They are made here, the same on every machine, as llama.cpp's converter writes such files, in
 float32. `golden/relatives.npz` has, by their names, what llama.cpp made of them (llama-cpp-python
-0.3.36: float32 weights and cache, one step, no flash attention): the logits of some of TOKENS.
+0.3.36: float32 weights and cache, one step, no flash attention): the logits of some of TOKENS, or the hidden
+states of encoders.
 """
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFWriter
 
-LOGITS = Path(__file__).parent / "golden" / "relatives.npz"
+PEER = Path(__file__).parent / "golden" / "relatives.npz"
 TOKENS = np.random.RandomState(7).randint(0, 96, 48).astype(np.int32)
 ROWS = np.array([0, 5, 19, 33, 47])  # whose logits are kept
 
@@ -94,6 +95,8 @@ def values(rng: np.random.RandomState, name: str, shape: tuple[int, ...]) -> np.
         return -np.exp(np.float32(0.5) * x)
     if name.endswith("rope_freqs.weight"):  # the first ones turn, the others do not
         return np.where(np.arange(len(x)) < 4, 1, 1e30).astype(np.float32)
+    if name.startswith("rope_factors"):
+        return 1 + 3 * np.abs(x)
     if name.endswith(("ssm_d", "scale", "scale.weight")):
         return 1 + np.float32(0.3) * x
     if name.endswith("token_embd.weight"):
@@ -109,6 +112,7 @@ def write_relative(path: Path, name: str, relative: tuple[str, dict, dict]) -> P
     rng = np.random.RandomState(sum(name.encode()))
     writer = GGUFWriter(path, arch)
     writer.add_string("tokenizer.ggml.model", "none")
+    writer.add_uint32("tokenizer.ggml.token_type_count", 2)
     for key, value in (BASE | own).items():
         add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool,
                str: writer.add_string, list: writer.add_array}

@@ -46,6 +46,15 @@ OLMO2 = layers(after({"attn_q_norm.weight": (E,), "attn_k_norm.weight": (D,)}))
 PLAIN = attention() | FFN_NORM | dense()
 
 # name: (GGUF architecture, its keys beyond BASE, its tensors)
+EXAONE4 = after({"attn_q_norm.weight": (D,), "attn_k_norm.weight": (D,)})
+LONGROPE = {f"rope_factors_{name}.weight": (D // 2,) for name in ("long", "short")}
+
+
+def longrope(n_ctx_orig: int) -> dict:
+    return ONE_KV | {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": 1.19,
+                     "rope.scaling.original_context_length": n_ctx_orig}
+
+
 DENSE = {
     "arcee": ("arcee", {}, layers(attention() | FFN_NORM | dense(gated=False))),
     "chatglm": ("chatglm", ONE_KV | {"rope.dimension_count": 8},
@@ -54,8 +63,10 @@ DENSE = {
                   layers(square(1) | dense(), output=False)),
     "ernie4_5": ("ernie4_5", {}, layers(PLAIN, output=False)),
     "exaone": ("exaone", {}, layers(PLAIN)),
-    "exaone4": ("exaone4", ONE_KV, layers(
-        after({"attn_q_norm.weight": (D,), "attn_k_norm.weight": (D,)}))),
+    "exaone4": ("exaone4", ONE_KV, layers(EXAONE4)),
+    # llama.cpp reads the window of files of 64 layers only
+    "exaone4-windows": ("exaone4", ONE_KV | {"block_count": 64, "attention.sliding_window": 16},
+                        layers(EXAONE4, n=64)),
     "falcon": ("falcon", FALCON, layers(biased(ATTN_NORM) | FALCON_REST, **LAST_BIASED)),
     "falcon-40b": ("falcon", FALCON, layers(
         biased(ATTN_NORM | {"attn_norm_2.weight": (E,)}) | FALCON_REST, **LAST_BIASED)),
@@ -100,6 +111,8 @@ DENSE = {
         biased(ATTN_NORM | fused(3) | dense(gated=False)), **LAST_BIASED,
         **{"output.bias": (V,)})),
     "phi3": ("phi3", ONE_KV, PHI3),
+    "phi3-long": ("phi3", longrope(16), PHI3 | LONGROPE),
+    "phi3-short": ("phi3", longrope(4096), PHI3 | LONGROPE),
     "qwen": ("qwen", THREE_HEADS, layers(
         ATTN_NORM | fused(3) | {"attn_qkv.bias": (3 * E,)} | FFN_NORM | dense(n=32))),
     "qwen2vl": ("qwen2vl", ONE_KV | {"rope.dimension_sections": [2, 3, 3, 0]},

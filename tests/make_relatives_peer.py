@@ -9,13 +9,14 @@ from pathlib import Path
 import llama_cpp as llama
 import numpy as np
 
-from helpers_relatives import LOGITS, ROWS, TOKENS, V, write_relative
+from helpers_relatives import PEER, ROWS, TOKENS, E, V, write_relative
 from helpers_relatives_dense import DENSE
+from helpers_relatives_encoders import ENCODERS
 from helpers_relatives_mixed import MIXED
 
 
-def logits_of(path: Path) -> np.ndarray:
-    """float32 (T, V): float32 cache, one step, no flash attention."""
+def result_of(path: Path, is_encoder: bool) -> np.ndarray:
+    """float32 (T, V) or (T, E): float32 cache, one step, no flash attention."""
     params = llama.llama_model_default_params()
     params.n_gpu_layers = 0
     model = llama.llama_model_load_from_file(str(path).encode(), params)
@@ -26,14 +27,17 @@ def logits_of(path: Path) -> np.ndarray:
     params.type_k = params.type_v = 0  # F32
     params.flash_attn_type = 0
     params.swa_full = True
+    params.embeddings, params.pooling_type = is_encoder, 0
     context = llama.llama_init_from_model(model, params)
     batch = llama.llama_batch_init(len(TOKENS), 0, 1)
     batch.n_tokens = len(TOKENS)
     for i, token in enumerate(TOKENS):
         batch.token[i], batch.pos[i], batch.logits[i] = int(token), i, 1
         batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-    assert llama.llama_decode(context, batch) == 0
-    rows = [np.ctypeslib.as_array(llama.llama_get_logits_ith(context, i), shape=(V,)).copy()
+    run, row, width = (llama.llama_encode, llama.llama_get_embeddings_ith, E) if is_encoder else \
+        (llama.llama_decode, llama.llama_get_logits_ith, V)
+    assert run(context, batch) == 0
+    rows = [np.ctypeslib.as_array(row(context, i), shape=(width,)).copy()
             for i in range(len(TOKENS))]
     llama.llama_batch_free(batch)
     llama.llama_free(context)
@@ -46,9 +50,10 @@ def main() -> None:
     llama.llama_log_set(quiet, ctypes.c_void_p(0))
     llama.llama_backend_init()
     with tempfile.TemporaryDirectory() as folder:
-        found = {name: logits_of(write_relative(Path(folder) / f"{name}.gguf", name, relative))
-                 for name, relative in (MIXED | DENSE).items()}
-    np.savez_compressed(LOGITS, **{name: logits[ROWS] for name, logits in found.items()})
+        found = {name: result_of(write_relative(Path(folder) / f"{name}.gguf", name, relative),
+                                 name in ENCODERS)
+                 for name, relative in (MIXED | DENSE | ENCODERS).items()}
+    np.savez_compressed(PEER, **{name: logits[ROWS] for name, logits in found.items()})
 
 
 if __name__ == "__main__":
