@@ -112,7 +112,8 @@ def test_each_pooling_takes_its_rows(number, name):
     executor = open_executor(program, kind="reference", n_pages=8, max_tokens=64, max_outputs=64,
                              max_sequences=4, kv_type="f32")
     texts = [[2, 5, 6, 7, 3], [2, 9, 3]]
-    rows = {pooling: Embedder(executor, pooling).embed(texts) for pooling in ("mean", "cls", "last")}
+    rows = {pooling: Embedder(executor, pooling).embed(texts)
+            for pooling in ("mean", "cls", "last")}
     alone = Embedder(executor, name).embed(texts[1:])
     np.testing.assert_allclose(alone[0], rows[name][1], atol=1e-5)
     assert not np.allclose(rows["mean"], rows["cls"]) and not np.allclose(rows["cls"], rows["last"])

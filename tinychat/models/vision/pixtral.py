@@ -8,38 +8,26 @@ from dataclasses import replace
 
 import numpy as np
 
-from tinychat.errors import ModelFileError
-from tinychat.models.vision.config import MAX_ROWS, VisionConfig
+from tinychat.models.vision.any_size import AnySize
+from tinychat.models.vision.config import VisionConfig
 from tinychat.models.vision.pixels import Tile
-from tinychat.models.vision.tower import ImageBlock, Rows, Tower, mlp, norm
+from tinychat.models.vision.tower import ImageBlock, Rows, mlp, norm
 from tinychat.models.weights import Weights
 from tinychat.ops.meaning import dequantize
-from tinychat.ops.program import Buffer, Rope
+from tinychat.ops.program import Buffer
 from tinychat.ops.recorder import Recorder
 
 ROPE_BASE = 10000.0
 
 
-class Pixtral(Tower):
+class Pixtral(AnySize):
     placeholder = "[IMG]"
     gelu = "gelu_erf"
 
     def __init__(self, config: VisionConfig, w: Weights):
         super().__init__(config, w)
-        c = config
-        self.n_merge = c.keys.integer("spatial_merge_size", 1, 8, 1)
-        if c.head_dim % 4:
-            raise ModelFileError("metadata key clip.vision.attention.head_count: expected heads "
-                                 f"of a multiple of 4 values, got {c.head_dim}")
-        inv_freq = ROPE_BASE ** (-np.arange(c.head_dim // 2) * 2 / c.head_dim)
-        quarter = c.head_dim // 4
-        self.rope = Rope("adjacent", np.r_[inv_freq[::2], inv_freq[1::2]].astype(np.float32),
-                         axes=(0,) * quarter + (1,) * quarter)
-
-    @property
-    def max_rows(self) -> int:
-        unit = self.n_merge ** 2
-        return MAX_ROWS // unit * unit
+        inv_freq = ROPE_BASE ** (-np.arange(config.head_dim // 2) * 2 / config.head_dim)
+        self.rope = self.turning("adjacent", np.r_[inv_freq[::2], inv_freq[1::2]])
 
     def layout(self, height: int, width: int) -> list[str | Tile]:
         """No larger than the trained square, never enlarged; sides go up to whole tokens.

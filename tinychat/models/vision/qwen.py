@@ -9,11 +9,12 @@ from dataclasses import replace
 import numpy as np
 
 from tinychat.errors import ModelFileError
-from tinychat.models.vision.config import MAX_ROWS, VisionConfig
+from tinychat.models.vision.any_size import AnySize
+from tinychat.models.vision.config import VisionConfig
 from tinychat.models.vision.pixels import Tile, fitted_size, interpolated
-from tinychat.models.vision.tower import ImageBlock, Rows, Tower, block, mlp, norm
+from tinychat.models.vision.tower import ImageBlock, Rows, block, mlp, norm
 from tinychat.models.weights import Weights
-from tinychat.ops.program import Buffer, Heads, Rope
+from tinychat.ops.program import Buffer, Heads
 from tinychat.ops.recorder import Recorder
 
 MIN_TOKENS = 8
@@ -21,27 +22,17 @@ ROPE_BASE = 10000.0
 WINDOW_PIXELS = 112
 
 
-class Qwen2(Tower):
+class Qwen2(AnySize):
     placeholder = "<|image_pad|>"
+    usual_merge = 2
 
     def __init__(self, config: VisionConfig, w: Weights):
         super().__init__(config, w)
-        c = config
-        self.n_merge = c.keys.integer("spatial_merge_size", 1, 8, 2)
-        if c.head_dim % 4:
-            raise ModelFileError("metadata key clip.vision.attention.head_count: expected heads "
-                                 f"of a multiple of 4 values, got {c.head_dim}")
-        quarter = c.head_dim // 4
+        quarter = config.head_dim // 4
         inv_freq = ROPE_BASE ** (-np.arange(quarter) / quarter)
-        self.rope = Rope("halves", np.tile(inv_freq, 2).astype(np.float32),
-                         axes=(0,) * quarter + (1,) * quarter)
+        self.rope = self.turning("halves", np.tile(inv_freq, 2))
 
     # Geometry
-
-    @property
-    def max_rows(self) -> int:
-        unit = self.n_merge ** 2
-        return MAX_ROWS // unit * unit
 
     def layout(self, height: int, width: int) -> list[str | Tile]:
         unit = self.config.patch_size * self.n_merge
