@@ -203,9 +203,9 @@ def _pooling(file: GGUFFile) -> str:
 
 def _check_vocabulary(file: GGUFFile, program: Program, tokenizer: Tokenizer) -> None:
     """An id that only one of both knows could be neither read nor written."""
-    if tokenizer.n_vocab != program.n_vocab:
+    if tokenizer.n_vocab != program.n_ids:
         raise ModelFileError(f"{file.path}: tokenizer.ggml.tokens has {tokenizer.n_vocab} tokens, "
-                             f"but token_embd.weight {program.n_vocab} rows")
+                             f"but token_embd.weight {program.n_ids} rows")
 
 
 def plan(program: Program, entry: ModelEntry, n_ctx: int, settings: LoadSettings,
