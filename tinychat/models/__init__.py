@@ -115,7 +115,8 @@ def build_program(file: GGUFFile, *, n_ctx: int | None = None, hidden: bool = Fa
     """The program of an open model; its weights are the file's own tensors.
 
     n_ctx: the context it will be used with, None: the trained length. hidden: the result is the
-    last hidden state (T, n_embd), not logits. sees: images may stand in prompts.
+    last hidden state (T, n_embd), not logits, and each text comes whole, in one step. sees: images
+    may stand in prompts.
     Raises: ModelFileError for an unknown architecture, a metadata key that is missing or absurd,
     and a tensor that is missing, misshapen or of no use.
     """
@@ -125,7 +126,7 @@ def build_program(file: GGUFFile, *, n_ctx: int | None = None, hidden: bool = Fa
                              f"known are {', '.join(sorted(ARCHITECTURES))}")
     use = Use(n_ctx or 0, hidden, sees)
     config = ModelConfig.from_metadata(file.metadata, use, is_encoder=name in ENCODERS)
-    weights, g = Weights(file.tensors), Recorder(keeps_kv=config.causal)
+    weights, g = Weights(file.tensors), Recorder(keeps_kv=config.causal and not hidden)
     result = ARCHITECTURES[name](g, weights, config)
     weights.ignore_layers(range(config.n_layer, config.n_layer + config.n_ahead))
     weights.check_all_asked(name)
