@@ -17,6 +17,8 @@ _GEMMA3 = Family(norms="around", activation="gelu", window_period=6, local_base=
                  local_is_scaled=False, root_scaled=True, wide_head_layers=62, both_ways=True)
 _LATENT = Family(rope="adjacent", mixer=deepseek2.latent_attention,
                  experts=Experts(normalise=False))
+_CLASSIFIER = tuple(f"cls.{name}" for name in (
+    "weight", "bias", "norm.weight", "output.weight", "output.bias"))
 _NEMOTRON_H = Family(activation="relu2", experts=Experts("sigmoid", normalise=False))
 
 # GGUF name: what the files of a family do not say themselves
@@ -24,7 +26,7 @@ FAMILIES = {
     "arcee": Family(rope="adjacent", activation="relu2"),
     "bailingmoe": Family(rope="adjacent", experts=Experts(normalise=False)),
     "bailingmoe2": Family(experts=Experts("sigmoid", normalise=False)),
-    "bert": Family(norms="added", rope="learned", activation="gelu_erf"),
+    "bert": Family(norms="added", rope="learned", activation="gelu_erf", ignored=_CLASSIFIER),
     "chatglm": Family(rope="adjacent"),
     "cohere2": Family(norms="beside", rope="adjacent", window_period=4, local_rope_only=True,
                       multiplied_logits=True),
@@ -33,6 +35,7 @@ FAMILIES = {
     "dots1": Family(experts=Experts("sigmoid", normalise=False)),
     "ernie4_5": Family(rope="adjacent"),
     "ernie4_5-moe": Family(rope="adjacent"),
+    "eurobert": Family(),
     "exaone": Family(),
     "exaone4": Family(norms="after", window_period=4, local_rope_only=True),
     "exaone-moe": Family(window_period=4, default_window=128, local_rope_only=True,
@@ -56,6 +59,7 @@ FAMILIES = {
     "hunyuan-dense": Family(norm_after_rope=True),
     "hunyuan-moe": Family(norm_after_rope=True),
     "internlm2": Family(rope="adjacent"),
+    "jina-bert-v3": Family(norms="added", activation="gelu_erf"),
     "lfm2": Family(mixer=recurrent.lfm2, output_norm="token_embd_norm", window_period=1),
     "lfm2moe": Family(mixer=recurrent.lfm2, output_norm="token_embd_norm",
                       experts=Experts("sigmoid")),
@@ -66,8 +70,9 @@ FAMILIES = {
     "minimax-m2": Family(experts=Experts("sigmoid")),
     "mistral3": Family(rope="adjacent"),
     "modern-bert": Family(bare_first=True, activation="gelu_erf", window_period=3,
-                          global_first=True),
+                          global_first=True, told_activation=True, ignored=_CLASSIFIER),
     "nemotron": Family(activation="relu2"),
+    "neo-bert": Family(rope="adjacent", output_norm="enc.output_norm", ignored=_CLASSIFIER),
     "nomic-bert": Family(norms="added"),
     "nomic-bert-moe": Family(norms="added", activation="gelu_erf",
                              experts=Experts(normalise=False)),
