@@ -78,9 +78,9 @@ class Embedder:
 
     def close(self, error: TinychatError | None = None) -> bool:
         """After the step that runs; later calls raise `error`. True: the executor may be closed."""
-        with self._busy:
-            self._error = self._error or error or TinychatError("the model is closed")
-        return True
+        self._error = self._error or error or TinychatError("the model is closed")
+        with self._busy:  # told before: a thread with many steps could take each turn first
+            return True
 
 
 def _batch(texts: list[list[int]], lengths: np.ndarray, program: Program) -> Batch:

@@ -88,8 +88,8 @@ class LoadedModel:
 
     def to_json(self) -> dict:
         """The wire's loaded instance."""
-        return {"id": self.entry.key, "config": {
-            **self.load_config(), "parallel": self.settings.parallel}}
+        parallel = {"parallel": self.settings.parallel} if self.entry.type == "llm" else {}
+        return {"id": self.entry.key, "config": {**self.load_config(), **parallel}}
 
     def load_config(self) -> dict:
         """What of a load's fields applied, on the wire."""
