@@ -1,12 +1,13 @@
-"""Each example runs as it stands, with the real small model."""
+"""Each example runs as it stands, with the real small model, or the tiny one that embeds."""
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers_doors import environment
+from helpers_doors import environment, golden
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+OTHERS = {"06_embeddings": golden("bert-a")}  # models of those that the real one is not for
 TIMEOUT_S = 300  # the reference executor needs its time
 
 
@@ -16,9 +17,10 @@ def test_there_are_examples_numbered_without_gaps():
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_is_short_and_runs(path, smollm2_path, tmp_path):
+def test_an_example_is_short_and_runs(path, request, tmp_path):
+    model = OTHERS.get(path.stem) or request.getfixturevalue("smollm2_path")
     assert len(path.read_text().splitlines()) < 60
-    done = subprocess.run([sys.executable, str(path), str(smollm2_path)], capture_output=True,
+    done = subprocess.run([sys.executable, str(path), str(model)], capture_output=True,
                           text=True, timeout=TIMEOUT_S, cwd=tmp_path, env=environment(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() and "Traceback" not in done.stderr
