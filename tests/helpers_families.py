@@ -221,9 +221,9 @@ def values(rng: np.random.RandomState, name: str, shape: tuple[int, ...]) -> np.
     return x * np.float32(1.2 / np.sqrt(shape[-1]))
 
 
-def write_family(path: Path, name: str) -> Path:
-    """The file of that name in FAMILIES or ENCODERS."""
-    arch, keys, shapes = (FAMILIES | ENCODERS)[name]
+def write_family(path: Path, name: str, family: tuple[str, dict, dict] | None = None) -> Path:
+    """The file of that family, or of that name in FAMILIES or ENCODERS."""
+    arch, keys, shapes = family or (FAMILIES | ENCODERS)[name]
     rng = np.random.RandomState(sum(name.encode()))
     writer = GGUFWriter(path, arch)
     writer.add_string("tokenizer.ggml.model", "none")
