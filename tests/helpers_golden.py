@@ -97,12 +97,14 @@ def open_golden(golden: Golden, kind: str, kv_type: str = "f32"):
     return open_model(golden.path, kind, kv_type)
 
 
-def open_model(path: Path, kind: str, kv_type: str = "f32", max_sequences: int = 2, **more):
-    """An executor of a model's file: one of EXECUTORS; skips where this machine lacks it."""
+def open_model(path: Path, kind: str, kv_type: str = "f32", max_sequences: int = 2,
+               hidden: bool = False, **more):
+    """An executor of a model's file: one of EXECUTORS; skips where this machine lacks it.
+    hidden: its result is the hidden state."""
     limits = dict(n_pages=PAGES.size, max_tokens=128, max_outputs=128,
                   max_sequences=max_sequences, kv_type=kv_type, **more)
     with open_gguf(path) as file:
-        program = build_program(file)
+        program = build_program(file, hidden=hidden)
     if kind == "reference":
         from tinychat.ops.reference import ReferenceExecutor
         return ReferenceExecutor(program, **limits)

@@ -1,7 +1,7 @@
-"""Tiny encoders, whose hidden states are kept; see `helpers_relatives`."""
+"""Tiny encoders; see `helpers_relatives`. What they make of a text is `helpers_embedders`' matter."""
 from helpers_relatives import (
     E, EXPERTS, FFN_NORM, L, THREE_HEADS, attention, dense, experts, model, square)
-from helpers_relatives_dense import LAYER_NORM, POST, biased, fused
+from helpers_relatives_dense import GATE_IN_UP, LAYER_NORM, POST, biased, fused
 
 NO_OUTPUT = dict(output=False)
 ENCODER = LAYER_NORM | THREE_HEADS | {"attention.causal": False, "pooling_type": 0}
@@ -10,13 +10,16 @@ EMBEDDING = {"token_types.weight": (2, E), "token_embd_norm.weight": (E,),
 ADDED = biased({f"{name}_output_norm.weight": (E,) for name in ("attn", "layer")})
 SPLIT = {name: shape for name, shape in square(3).items() if name != "attn_norm.weight"}
 ROUTED = experts(n=64, gated=False)
-GATE_IN_UP = {"ffn_up.weight": (128, E), "ffn_down.weight": (E, 64)}
+
+
+CLASSIFIER = {"cls.weight": (E, E), "cls.bias": (E,), "cls.output.weight": (1, E)}
 
 
 def without_last_norm(layers: list[dict], **more) -> dict:
-    shapes = model(layers, **NO_OUTPUT, **more)
+    """more: other tensors, the last norm among them if there is one after all."""
+    shapes = model(layers, **NO_OUTPUT)
     del shapes["output_norm.weight"]
-    return shapes
+    return shapes | more
 
 
 ENCODERS = {

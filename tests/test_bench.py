@@ -47,6 +47,11 @@ def test_more_than_the_context_is_refused():
         bench.run(str(golden("qwen2-a")), n_prompt=4096, n_generate=4, n_runs=1)
 
 
+def test_an_embedding_model_is_refused():
+    with pytest.raises(InvalidRequest, match="embedding model"):
+        bench.run(str(golden("qwen3-embedding-a")), n_prompt=8, n_generate=4, n_runs=1)
+
+
 def test_a_token_reads_all_matrices_but_one_row_of_the_embedding():
     with open_gguf(golden("qwen2-a")) as file:
         n_bytes = bench.weight_bytes_per_token(build_program(file))

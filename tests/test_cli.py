@@ -123,6 +123,11 @@ def test_list_is_a_table_or_a_hint(capsys, home):
     assert head.split()[0] == "KEY" and row.split()[:4] == ["llama", "llama", "853K", "Q4_0"]
 
 
+def test_inspect_shows_the_program_that_makes_vectors(capsys):
+    program = run("inspect", golden("bert-a"), "--program", capsys=capsys).out
+    assert "outputs(" in program.splitlines()[-1] and "token_embd" not in program.splitlines()[-1]
+
+
 def test_inspect_tells_what_is_in_a_file(capsys, qwen):
     for name in (qwen, "qwen"):
         out = run("inspect", name, capsys=capsys).out

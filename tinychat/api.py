@@ -122,6 +122,16 @@ def _wire_item(item):
     return item
 
 
+def _texts_in(texts: Iterable[str]) -> list[str]:
+    """Raises: InvalidRequest for anything but texts, and for one text that is not in a list."""
+    found = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else None
+    if found is None or not all(isinstance(one, str) for one in found):
+        kinds = {type(one).__name__ for one in found or [texts]}
+        raise InvalidRequest(f"expected a list of texts, got {'items of type ' if found else ''}"
+                             f"{', '.join(sorted(kinds))}", param="input")
+    return found
+
+
 class Serving:
     """A running server: `url`, `close()`."""
 
@@ -225,8 +235,7 @@ class Model(Vocabulary):
         normalize: to length 1. Raises: InvalidRequest for a model that is no embedding model or a
         text without a token, ContextOverflow.
         """
-        if isinstance(texts, str):
-            raise InvalidRequest("expected a list of texts, got one text", param="input")
+        texts = _texts_in(texts)
         with self._loaded(Embedder, "makes no vectors: it is no embedding model") as loaded:
             vectors = loaded.engine.embed([loaded.tokenizer.encode_prompt(text) for text in texts])
         if normalize:

@@ -40,6 +40,8 @@ def run(name: str, *, n_prompt: int, n_generate: int, n_runs: int, threads: int 
     ours, rivals = [], []
     with Library(threads=threads, parallel=1) as library:
         entry = library.resolve(name)
+        if entry.type != "llm":
+            raise InvalidRequest(f"{entry.key} is an embedding model: it decodes nothing")
         n_ctx = _context(n_prompt, n_generate, entry.max_context_length)
         for i in range(n_runs):
             say(f"{entry.key}: run {i + 1} of {n_runs}")

@@ -139,11 +139,12 @@ def list_models(args) -> None:
 
 def inspect(args) -> None:
     from tinychat.gguf_file import open_gguf
+    from tinychat.library.entry import makes_vectors
     from tinychat.models import build_program
 
     with open_gguf(_path_of(args.model)) as file:
         if args.program:
-            print(build_program(file))
+            print(build_program(file, hidden=makes_vectors(file)))
         else:
             print_summary(file)
 

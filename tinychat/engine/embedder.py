@@ -10,11 +10,7 @@ from tinychat.ops.program import PAGE_TOKENS, Program
 
 POOLINGS = ("none", "mean", "cls", "last", "rank")  # by their number in a file
 USABLE = ("mean", "cls", "last")
-
-
-def n_embedder_pages(max_tokens: int, max_sequences: int) -> int:
-    """Texts share a step, but no page."""
-    return max_tokens // PAGE_TOKENS + max_sequences
+STEP_TOKENS = 512  # of texts that share a step: more is no faster, and takes more memory
 
 
 class Embedder:
@@ -53,10 +49,11 @@ class Embedder:
         return out
 
     def _end(self, texts: list[list[int]], begin: int) -> int:
-        """The texts from `begin` on that fit in one step."""
-        end, room = begin, self._executor.limits.max_tokens
-        while (end < len(texts) and len(texts[end]) <= room
-               and end - begin < self._executor.limits.max_sequences):
+        """The texts from `begin` on that share one step; a long one has it for itself."""
+        end = begin + 1
+        room = min(STEP_TOKENS, self._executor.limits.max_tokens) - len(texts[begin])
+        last = min(len(texts), begin + self._executor.limits.max_sequences)
+        while end < last and len(texts[end]) <= room:
             room -= len(texts[end])
             end += 1
         return end
@@ -82,9 +79,9 @@ class Embedder:
 
     def close(self, error: TinychatError | None = None) -> bool:
         """After the step that runs; later calls raise `error`. True: the executor may be closed."""
-        with self._busy:
-            self._error = self._error or error or TinychatError("the model is closed")
-        return True
+        self._error = self._error or error or TinychatError("the model is closed")
+        with self._busy:  # told before: a thread with many steps could take each turn first
+            return True
 
 
 def _batch(texts: list[list[int]], lengths: np.ndarray, program: Program) -> Batch:

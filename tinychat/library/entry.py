@@ -99,7 +99,7 @@ def describe(path: Path, key: str, publisher: str, mmproj: Path | None = None) -
         if not file.tensors or architecture == "clip":
             found = "a vision tower" if file.tensors else "a vocabulary without weights"
             raise ModelFileError(f"{path}: expected a language model, got {found}")
-        embedding = f"{architecture}.pooling_type" in metadata
+        embedding = makes_vectors(file)
         return ModelEntry(
             key=key, publisher=publisher or _text(metadata, "general.organization") or "",
             display_name=_text(metadata, "general.name") or PART.sub("", legible(path.stem)),
@@ -112,6 +112,11 @@ def describe(path: Path, key: str, publisher: str, mmproj: Path | None = None) -
             description=_text(metadata, "general.description"),
             capabilities={} if embedding else _capabilities(metadata, mmproj), mmproj=mmproj,
             stamp=stamp)
+
+
+def makes_vectors(file: GGUFFile) -> bool:
+    """Whether it is an embedding model: it says how the vectors of a text's tokens become one."""
+    return f"{file.architecture}.pooling_type" in file.metadata
 
 
 def quantization(file: GGUFFile) -> Quantization:

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from tinychat.engine.embedder import POOLINGS, USABLE, Embedder, n_embedder_pages
+from tinychat.engine.embedder import POOLINGS, USABLE, Embedder
 from tinychat.engine.engine import Engine
 from tinychat.engine.sampler import SamplingParams
 from tinychat.errors import InvalidRequest, ModelFileError, ModelLoadError, TinychatError
@@ -183,8 +183,8 @@ def _engine(undo: ExitStack, file, program, n_ctx, settings, memory):
 
 def _embedder(undo: ExitStack, file, program, n_ctx, settings, memory):
     executor = open_executor(
-        program, n_pages=n_embedder_pages(n_ctx, MIN_SLOTS), n_window_pages=None,
-        n_states=MIN_SLOTS, max_tokens=n_ctx, max_outputs=n_ctx, max_sequences=MIN_SLOTS,
+        program, n_pages=memory.n_pages, n_window_pages=None, n_states=MIN_SLOTS,
+        max_tokens=n_ctx, max_outputs=n_ctx, max_sequences=MIN_SLOTS,
         kv_type="f32", threads=settings.threads)
     undo.callback(executor.close)
     return executor, Embedder(executor, _pooling(file))
@@ -216,7 +216,9 @@ def plan(program: Program, entry: ModelEntry, n_ctx: int, settings: LoadSettings
     return plan_memory(program, n_ctx=n_ctx, parallel=settings.parallel if is_llm else 1,
                        max_tokens=settings.step_tokens(n_ctx, program) if is_llm else n_ctx,
                        kv_type=settings.kv_type if is_llm else "f32",
-                       extra_bytes=entry.mmproj.stat().st_size if entry.sees else 0, dequantized=why_reference() is not None,
+                       extra_bytes=entry.mmproj.stat().st_size if entry.sees else 0,
+                       dequantized=why_reference() is not None,
+                       spare_pages=0 if is_llm else MIN_SLOTS,  # texts share a step, but no page
                        available=None if available is None else available + freed_bytes)
 
 

@@ -41,17 +41,18 @@ class MemoryPlan:
 
 def plan_memory(program: Program, *, n_ctx: int, parallel: int, max_tokens: int,
                 kv_type: str = "f16", dequantized: bool = False, extra_bytes: int = 0,
-                available: int | None = None) -> MemoryPlan:
+                spare_pages: int = 0, available: int | None = None) -> MemoryPlan:
     """A KV pool in which `parallel` sequences of `n_ctx` tokens fit, or what memory allows.
 
     The pool never has fewer pages than one full context: with less the load is refused. Sequences
     that do not fit at the same time wait for pages; they are never dropped.
     dequantized: weights become float32 (the reference executor). extra_bytes: taken besides.
+    spare_pages: beside those of one full context.
     available: bytes that may be used; None when the machine does not tell.
     Raises: ModelLoadError with both figures.
     """
     weights = program.weights()
-    least = math.ceil(n_ctx / PAGE_TOKENS)
+    least = math.ceil(n_ctx / PAGE_TOKENS) + spare_pages
     plan = MemoryPlan(
         weight_bytes=extra_bytes + sum(4 * math.prod(w.shape) if dequantized else w.n_bytes
                                        for w in weights),

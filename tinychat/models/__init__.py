@@ -17,6 +17,8 @@ _GEMMA3 = Family(norms="around", activation="gelu", window_period=6, local_base=
                  local_is_scaled=False, root_scaled=True, wide_head_layers=62, both_ways=True)
 _LATENT = Family(rope="adjacent", mixer=deepseek2.latent_attention,
                  experts=Experts(normalise=False))
+_CLASSIFIER = tuple(f"cls.{name}" for name in (
+    "weight", "bias", "norm.weight", "output.weight", "output.bias"))
 _NEMOTRON_H = Family(activation="relu2", experts=Experts("sigmoid", normalise=False))
 
 # GGUF name: what the files of a family do not say themselves
@@ -24,7 +26,7 @@ FAMILIES = {
     "arcee": Family(rope="adjacent", activation="relu2"),
     "bailingmoe": Family(rope="adjacent", experts=Experts(normalise=False)),
     "bailingmoe2": Family(experts=Experts("sigmoid", normalise=False)),
-    "bert": Family(norms="added", rope="learned", activation="gelu_erf"),
+    "bert": Family(norms="added", rope="learned", activation="gelu_erf", ignored=_CLASSIFIER),
     "chatglm": Family(rope="adjacent"),
     "cohere2": Family(norms="beside", rope="adjacent", window_period=4, local_rope_only=True,
                       multiplied_logits=True),
@@ -33,6 +35,7 @@ FAMILIES = {
     "dots1": Family(experts=Experts("sigmoid", normalise=False)),
     "ernie4_5": Family(rope="adjacent"),
     "ernie4_5-moe": Family(rope="adjacent"),
+    "eurobert": Family(),
     "exaone": Family(),
     "exaone4": Family(norms="after", window_period=4, local_rope_only=True),
     "exaone-moe": Family(window_period=4, default_window=128, local_rope_only=True,
@@ -56,6 +59,7 @@ FAMILIES = {
     "hunyuan-dense": Family(norm_after_rope=True),
     "hunyuan-moe": Family(norm_after_rope=True),
     "internlm2": Family(rope="adjacent"),
+    "jina-bert-v3": Family(norms="added", activation="gelu_erf"),
     "lfm2": Family(mixer=recurrent.lfm2, output_norm="token_embd_norm", window_period=1),
     "lfm2moe": Family(mixer=recurrent.lfm2, output_norm="token_embd_norm",
                       experts=Experts("sigmoid")),
@@ -66,8 +70,9 @@ FAMILIES = {
     "minimax-m2": Family(experts=Experts("sigmoid")),
     "mistral3": Family(rope="adjacent"),
     "modern-bert": Family(bare_first=True, activation="gelu_erf", window_period=3,
-                          global_first=True),
+                          global_first=True, told_activation=True, ignored=_CLASSIFIER),
     "nemotron": Family(activation="relu2"),
+    "neo-bert": Family(rope="adjacent", output_norm="enc.output_norm", ignored=_CLASSIFIER),
     "nomic-bert": Family(norms="added"),
     "nomic-bert-moe": Family(norms="added", activation="gelu_erf",
                              experts=Experts(normalise=False)),
@@ -115,7 +120,8 @@ def build_program(file: GGUFFile, *, n_ctx: int | None = None, hidden: bool = Fa
     """The program of an open model; its weights are the file's own tensors.
 
     n_ctx: the context it will be used with, None: the trained length. hidden: the result is the
-    last hidden state (T, n_embd), not logits. sees: images may stand in prompts.
+    last hidden state (T, n_embd), not logits, and each text comes whole, in one step. sees: images
+    may stand in prompts.
     Raises: ModelFileError for an unknown architecture, a metadata key that is missing or absurd,
     and a tensor that is missing, misshapen or of no use.
     """
@@ -125,7 +131,7 @@ def build_program(file: GGUFFile, *, n_ctx: int | None = None, hidden: bool = Fa
                              f"known are {', '.join(sorted(ARCHITECTURES))}")
     use = Use(n_ctx or 0, hidden, sees)
     config = ModelConfig.from_metadata(file.metadata, use, is_encoder=name in ENCODERS)
-    weights, g = Weights(file.tensors), Recorder(keeps_kv=config.causal)
+    weights, g = Weights(file.tensors), Recorder(keeps_kv=config.causal and not hidden)
     result = ARCHITECTURES[name](g, weights, config)
     weights.ignore_layers(range(config.n_layer, config.n_layer + config.n_ahead))
     weights.check_all_asked(name)

@@ -102,10 +102,19 @@ def finish(g: Recorder, w: Weights, config: ModelConfig, x: Buffer,
     name = "output" if w.has("output.weight") else "token_embd"
     if config.use.hidden:
         w.ignore("output.weight", "output.bias")
-        return x
+        return _dense(g, w, x)
     n_vocab = w.tensor("token_embd.weight", None, config.n_embd).shape[0]
     x = linear(g, w, name, x, n_vocab)
     return g.softcap(x, config.final_softcap) if config.final_softcap else x
+
+
+def _dense(g: Recorder, w: Weights, x: Buffer) -> Buffer:
+    """The matrices that some embedding models have behind the pooling. They are linear, and so is
+    each pooling with weights of sum 1: the other order means the same."""
+    for name in ("dense_2", "dense_3"):
+        if w.has(f"{name}.weight"):
+            x = linear(g, w, name, x, w.shape(f"{name}.weight")[0])
+    return x
 
 
 def scaled(g: Recorder, x: Buffer, scale: float) -> Buffer:

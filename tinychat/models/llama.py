@@ -17,6 +17,8 @@ from tinychat.models.weights import Weights
 from tinychat.ops.program import Buffer, Heads, Rope
 from tinychat.ops.recorder import Recorder
 
+TOLD_ACTIVATIONS = {"gelu": "gelu_erf", "geglu": "gelu_erf",  # by their names in a file
+                    "silu": "silu", "swish": "silu", "swiglu": "silu"}
 # (g, w, h, config, i, heads, rope) -> (T, E); heads() is the shape of layer i's attention, asked
 # for only where there is one
 Mixer = Callable[..., Buffer | None]
@@ -52,6 +54,8 @@ class Family:
     experts: of layers with a router. output_norm: the name of the last norm; empty: no norm has a
     weight. n_ff_parts: of feed_forward_length, each as wide as the feed-forward part.
     scales_by_size: embedding, residual and logit scale follow from the size where not in the file.
+    told_activation: the file's `hidden_activation` goes before this one.
+    ignored: tensors that a file may have for another use, such as the head of a classifier.
     """
 
     norms: str = "before"
@@ -78,6 +82,8 @@ class Family:
     output_norm: str = "output_norm"
     n_ff_parts: int = 1
     scales_by_size: bool = False
+    told_activation: bool = False
+    ignored: tuple[str, ...] = ()
 
     def window(self, config: ModelConfig, i: int) -> int:
         """Of layer i; 0: it sees everything."""
@@ -100,6 +106,9 @@ def describe(g: Recorder, w: Weights, config: ModelConfig, family: Family) -> Bu
     """One step for the batch's tokens -> logits (n_outputs, V), or the hidden state."""
     if family.scales_by_size:
         config = _scaled_by_size(config)
+    if family.told_activation:
+        family = _with_told_activation(config, family)
+    w.ignore(*family.ignored)
     _refuse_clamp(config)
     ropes = _ropes(w, config, family)
     x = layers.embed(g, w, config, layers.root(config.n_embd) if family.root_scaled else 1.0)
@@ -122,6 +131,11 @@ def _scaled_by_size(config: ModelConfig) -> ModelConfig:
                "logit_scale": config.n_embd / 256}
     return replace(config, **{name: value for name, value in by_size.items()
                               if not config.keys.has(name)})
+
+
+def _with_told_activation(config: ModelConfig, family: Family) -> Family:
+    told = config.keys.text("hidden_activation", tuple(TOLD_ACTIVATIONS), None)
+    return replace(family, activation=TOLD_ACTIVATIONS[told]) if told else family
 
 
 def _refuse_clamp(config: ModelConfig) -> None:

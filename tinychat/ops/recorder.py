@@ -16,8 +16,8 @@ ACTIVATIONS = ("identity", "silu", "gelu", "gelu_erf", "gelu_quick", "relu", "re
 class Recorder:
     """Each method records one operation and returns the buffer it fills.
 
-    keeps_kv: False for an encoder, which sees all of a sequence in one step and never looks back:
-    its layers then take turns in one KV layer.
+    keeps_kv: False where all of a sequence comes in one step, as an encoder needs it: no later step
+    looks back, and layers take turns in one KV layer.
     """
 
     def __init__(self, *, keeps_kv: bool = True):
