@@ -1,4 +1,4 @@
-"""Tiny encoders; see `helpers_relatives`. What they make of a text is `helpers_embedders`' matter."""
+"""Tiny encoders; see `helpers_relatives`. `helpers_embedders` has what they make of a text."""
 from helpers_relatives import (
     E, EXPERTS, FFN_NORM, L, THREE_HEADS, attention, dense, experts, model, square)
 from helpers_relatives_dense import GATE_IN_UP, LAYER_NORM, POST, biased, fused

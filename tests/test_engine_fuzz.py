@@ -1,5 +1,8 @@
-"""Random engines and prompts: few pages, windows, states, images, cancellations; every answer is the
-one its tokens decide, and all is given back. The executor checks windows and states at each step."""
+"""Random engines and prompts: few pages, windows, states, images, cancellations.
+
+Every answer is the one its tokens decide, and all is given back. The executor checks windows and
+states at each step.
+"""
 import random
 
 import numpy as np

@@ -89,7 +89,8 @@ def test_attention_is_a_weighted_mean_of_the_values_seen(rng, window):
             seen = range(max(0, position - window + 1) if window else 0, position + 1)
             e = [math.exp(0.7 * float(q[t, h * 5:h * 5 + 5] @ k[s, h // 2])) for s in seen]
             expected[t, h] = sum(p * v[s, h // 2].astype(float) for p, s in zip(e, seen)) / sum(e)
-    close(meaning.attend(q, k, v, *meaning.seen_range(positions, None, heads), heads), expected.reshape(2, 12), 1e-5)
+    seen = meaning.seen_range(positions, None, heads)
+    close(meaning.attend(q, k, v, *seen, heads), expected.reshape(2, 12), 1e-5)
 
 
 def test_softmax_of_far_apart_numbers_stays_finite():
@@ -98,7 +99,8 @@ def test_softmax_of_far_apart_numbers_stays_finite():
 
 
 def test_swiglu_at_its_ends():
-    got = meaning.gate("silu", np.array([0.0, 30.0, -30.0, 1.0], np.float32), np.full(4, 2, np.float32))
+    ends = np.array([0.0, 30.0, -30.0, 1.0], np.float32)
+    got = meaning.gate("silu", ends, np.full(4, 2, np.float32))
     close(got, np.array([0.0, 60.0, 0.0, 2 / (1 + math.exp(-1))]))
 
 

@@ -22,7 +22,7 @@ PRODUCTS = 8  # of one measurement of the machine
 
 
 def random_tower(n_layer: int) -> GGUFFile:
-    """An mmproj file that is nowhere but in memory: float16 matrices, 15 million weights a layer."""
+    """An mmproj file that is only in memory: float16 matrices, 15 million weights a layer."""
     rng, tensors = np.random.default_rng(0), {}
 
     def add(name: str, *shape: int, around: float = 0.0, dtype=np.float16) -> None:

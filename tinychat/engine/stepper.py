@@ -78,8 +78,8 @@ class Stepper:
         for seq in self.running:
             if not seq.generating:
                 self._reuse_more(seq)
-        work = plan_step(self.running, max_tokens=self.executor.limits.max_tokens, chunk=self._chunk,
-                         cuts=self._has_states)
+        work = plan_step(self.running, max_tokens=self.executor.limits.max_tokens,
+                         chunk=self._chunk, cuts=self._has_states)
         preempted = []
         for seq, n in work:
             while seq.lease and not self.cache.grow(seq.lease, seq.n_done + n):

@@ -81,8 +81,8 @@ def usable_depths(path: list, pages: WindowPages) -> list[bool]:
 def n_window_pages_for(window: int, *, n_sequences: int, max_tokens: int) -> int:
     """What sequences that run at the same time may need: a window each, and a step's tokens.
 
-    A stretch of L positions touches (L - 2) // PAGE_TOKENS + 2 pages at most, and a sequence lets go
-    only when a page is full.
+    A stretch of L positions touches (L - 2) // PAGE_TOKENS + 2 pages at most, and a sequence lets
+    go only when a page is full.
     """
     per_sequence = (window - 1) // PAGE_TOKENS + 4
     return n_sequences * per_sequence + max_tokens // PAGE_TOKENS

@@ -131,7 +131,7 @@ class ReferenceExecutor:
         return self._kv[op.params["layer"]]
 
     def recur(self, op: Op, batch: Batch, inputs, run) -> np.ndarray:
-        """run(state, *inputs) on each sequence's tokens, with its state, zeros before position 0."""
+        """run(state, *inputs) on each sequence's tokens; the state is zeros before position 0."""
         states = self._states[op.params["state"]]
         out = np.empty((len(inputs[0]), op.out.width), np.float32)
         for sequence in np.unique(batch.sequences):

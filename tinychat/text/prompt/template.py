@@ -216,7 +216,7 @@ class ChatTemplate:
 
 def _laid_out(pieces: list[tuple[str, bool]], images: list[list[str | int]],
               ) -> list[tuple[str, bool] | tuple[int, tuple[int, int]]]:
-    """The pieces with the parts of images in the place of their marks: numbers with (image, part)."""
+    """The pieces, with an image's parts in the place of its mark: numbers with (image, part)."""
     out = []
     for text, is_structure in pieces:
         at = 0
