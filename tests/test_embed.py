@@ -133,6 +133,13 @@ def test_another_pooling_is_refused_at_load_by_its_key(pooling, told, tmp_path):
         tinychat.load(path, home=tmp_path)
 
 
+def test_an_encoder_that_does_not_name_its_pooling_is_no_chat_model(tmp_path):
+    path = tmp_path / "e.gguf"
+    path.write_bytes(golden("bert-a").read_bytes().replace(b"bert.pooling_type", b"bert.other_number"))
+    with pytest.raises(ModelFileError, match="bert.pooling_type: expected .*got None"):
+        tinychat.load(path, home=tmp_path)
+
+
 # ---- what cannot be embedded
 
 def test_an_empty_text_has_a_vector_if_it_has_tokens(model_of):

@@ -115,8 +115,11 @@ def describe(path: Path, key: str, publisher: str, mmproj: Path | None = None) -
 
 
 def makes_vectors(file: GGUFFile) -> bool:
-    """Whether it is an embedding model: it says how the vectors of a text's tokens become one."""
-    return f"{file.architecture}.pooling_type" in file.metadata
+    """Whether it is an embedding model: it says how the vectors of a text's tokens become one, or
+    its tokens see those that follow, so that it cannot write."""
+    prefix = file.architecture
+    return (f"{prefix}.pooling_type" in file.metadata
+            or file.metadata.get(f"{prefix}.attention.causal") is False)
 
 
 def quantization(file: GGUFFile) -> Quantization:
