@@ -2,8 +2,8 @@
 
 They are made here, the same on every machine, as llama.cpp's converter writes such files, in
 float32. `golden/relatives.npz` has, by their names, what llama.cpp made of them (llama-cpp-python
-0.3.36: float32 weights and cache, one step, no flash attention): the logits of
-some of TOKENS.
+0.3.36: float32 weights and cache, one step, no flash attention): the logits of some of
+TOKENS.
 """
 from pathlib import Path
 

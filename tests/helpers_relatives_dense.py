@@ -45,7 +45,6 @@ FALCON_REST = fused(1) | dense(n=4 * E, gated=False)
 OLMO2 = layers(after({"attn_q_norm.weight": (E,), "attn_k_norm.weight": (D,)}))
 PLAIN = attention() | FFN_NORM | dense()
 
-# name: (GGUF architecture, its keys beyond BASE, its tensors)
 EXAONE4 = after({"attn_q_norm.weight": (D,), "attn_k_norm.weight": (D,)})
 LONGROPE = {f"rope_factors_{name}.weight": (D // 2,) for name in ("long", "short")}
 
@@ -55,6 +54,7 @@ def longrope(n_ctx_orig: int) -> dict:
                      "rope.scaling.original_context_length": n_ctx_orig}
 
 
+# name: (GGUF architecture, its keys beyond BASE, its tensors)
 DENSE = {
     "arcee": ("arcee", {}, layers(attention() | FFN_NORM | dense(gated=False))),
     "chatglm": ("chatglm", ONE_KV | {"rope.dimension_count": 8},

@@ -10,8 +10,6 @@ EMBEDDING = {"token_types.weight": (2, E), "token_embd_norm.weight": (E,),
 ADDED = biased({f"{name}_output_norm.weight": (E,) for name in ("attn", "layer")})
 SPLIT = {name: shape for name, shape in square(3).items() if name != "attn_norm.weight"}
 ROUTED = experts(n=64, gated=False)
-
-
 CLASSIFIER = {"cls.weight": (E, E), "cls.bias": (E,), "cls.output.weight": (1, E)}
 
 

@@ -73,7 +73,7 @@ def golden(request):
     """Executors of one golden model with 1 and 3 threads, prompts, and each one's answer alone."""
     name, isa = request.param
     path = load_golden(name).path
-    limits = dict(n_pages=24, max_tokens=128)
+    limits = dict(n_pages=24, n_window_pages=64, max_tokens=128)
     one, three = (native(path, isa, threads=threads, **limits) for threads in (1, 3))
     prompts = prompts_of(one, (1, 9, 33, 70, 100))
     alone = [answers(one, [ids], 12, n_ctx=160)[0][0] for ids in prompts]

@@ -10,25 +10,21 @@ from helpers_program import batch, weight
 
 pytest.importorskip("tinychat._kernels")
 
+from helpers_native import PAGES, every_level, executor_of, normal, prefill  # noqa: E402
+
 from tinychat.errors import KernelError  # noqa: E402
 from tinychat.gguf_file import GGMLQuantizationType, QTensor  # noqa: E402
-from tinychat.ops import native  # noqa: E402
 from tinychat.ops.native import NativeExecutor  # noqa: E402
 from tinychat.ops.program import DeltaNet, Mamba2, Program, Routing  # noqa: E402
 from tinychat.ops.recorder import Recorder  # noqa: E402
 from tinychat.ops.reference import ReferenceExecutor  # noqa: E402
 
-ISA_LEVELS = ("scalar", "avx2", "avx512_vnni")
-every_level = pytest.mark.parametrize("isa", ISA_LEVELS)
-PAGES = [[5, 2, 7], [1, 6, 3]]
 N_ROWS = 90  # of the table whose rows are the tokens
+LIMITS = dict(n_pages=8, max_outputs=96, max_sequences=2, kv_type="f32")
 
 
 def executor(program: Program, isa: str | None = None, threads: int = 2) -> NativeExecutor:
-    if isa is not None and isa not in native.isa_levels():
-        pytest.skip(f"this machine has no {isa}")
-    return NativeExecutor(program, n_pages=8, max_outputs=96, max_sequences=2, kv_type="f32",
-                          isa=isa, threads=threads)
+    return executor_of(program, isa, **LIMITS, threads=threads)
 
 
 def program(build, *widths: int, seed: int = 0) -> Program:
@@ -39,24 +35,10 @@ def program(build, *widths: int, seed: int = 0) -> Program:
     return g.finish("test", g.outputs(build(g, rng, *inputs)))
 
 
-def normal(rng, *shape, scale=1.0):
-    return (scale * rng.normal(size=shape)).astype(np.float32)
-
-
-def prefill(executor, tokens, chunk: int = 512) -> np.ndarray:
-    parts = []
-    for at in range(0, len(tokens), chunk):
-        part = tokens[at:at + chunk]
-        parts.append(executor.step(batch(part, range(at, at + len(part)), pages=PAGES,
-                                         outputs=range(len(part)))).copy())
-    return np.concatenate(parts)
-
-
-def both(build, isa, *widths, n=40, seed=0) -> tuple[np.ndarray, np.ndarray]:
+def agreement(build, isa, *widths, n=40, seed=0) -> tuple[np.ndarray, np.ndarray]:
     recorded, tokens = program(build, *widths, seed=seed), np.arange(n)
-    got = prefill(executor(recorded, isa), tokens)
-    reference = ReferenceExecutor(recorded, n_pages=8, max_outputs=96, max_sequences=2)
-    return got, prefill(reference, tokens)
+    made = executor(recorded, isa), ReferenceExecutor(recorded, **LIMITS)
+    return tuple(prefill(one, tokens, n) for one in made)
 
 
 # Experts
@@ -74,7 +56,7 @@ def test_routes_are_those_of_the_reference(isa, routing, has_bias):
     def build(g, rng, logits):
         bias = weight("bias", normal(rng, routing.n_expert)) if has_bias else None
         return g.route(logits, routing, bias)
-    got, expected = both(build, isa, routing.n_expert, n=80)
+    got, expected = agreement(build, isa, routing.n_expert, n=80)
     np.testing.assert_array_equal(got[:, :routing.n_used], expected[:, :routing.n_used])
     np.testing.assert_allclose(got, expected, rtol=2e-6)
 
@@ -119,7 +101,7 @@ def moe(qtype, n_expert, n_used, n_embd, n_ff, has_bias=True, weighted_inputs=Fa
 @pytest.mark.parametrize("qtype", ["F32", "F16", "Q8_0", "Q4_0", "MXFP4"])
 def test_experts_agree(isa, n_expert, n_used, n_embd, n_ff, qtype):
     build = moe(qtype, n_expert, n_used, n_embd, n_ff, weighted_inputs=qtype == "Q8_0")
-    got, expected = both(build, isa, n_embd, n_expert, n=70)
+    got, expected = agreement(build, isa, n_embd, n_expert, n=70)
     error = np.abs(got - expected).max() / expected.std()
     assert error < (1e-5 if qtype in ("F32", "F16") else 0.1), error
 
@@ -127,7 +109,7 @@ def test_experts_agree(isa, n_expert, n_used, n_embd, n_ff, qtype):
 @every_level
 @pytest.mark.parametrize("n_embd, n_ff", [(3, 5), (17, 33), (1, 1)])
 def test_experts_of_odd_sizes_agree(isa, n_embd, n_ff):
-    got, expected = both(moe("F32", 5, 2, n_embd, n_ff, has_bias=False), isa, n_embd, 5)
+    got, expected = agreement(moe("F32", 5, 2, n_embd, n_ff, has_bias=False), isa, n_embd, 5)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -137,7 +119,7 @@ def test_experts_of_odd_sizes_agree(isa, n_embd, n_ff):
 def test_each_head_is_multiplied_by_its_own_matrix(isa, qtype, n_head, n_out, n_in):
     def build(g, rng, x):
         return g.head_linear(x, experts_weight(rng, "w", n_head, n_out, n_in, qtype=qtype))
-    got, expected = both(build, isa, n_head * n_in)
+    got, expected = agreement(build, isa, n_head * n_in)
     error = np.abs(got - expected).max() / expected.std()
     assert error < (1e-5 if qtype in ("F32", "F16") else 0.1), error
 
@@ -184,7 +166,7 @@ every_mixer = pytest.mark.parametrize("name", MIXERS)
 @every_mixer
 def test_mixers_agree(isa, name):
     build, widths = MIXERS[name]
-    got, expected = both(build, isa, *widths, n=60)
+    got, expected = agreement(build, isa, *widths, n=60)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5 * np.abs(expected).max())
 
 
@@ -194,7 +176,7 @@ def test_bits_do_not_depend_on_chunks_company_or_threads(isa, name):
     build, widths = MIXERS.get(name) or (moe("Q4_0", 6, 2, 64, 96), (64, 6))
     recorded = program(build, *widths)
     tokens, others = np.arange(64), np.arange(25, 65)
-    whole = prefill(executor(recorded, isa, threads=1), tokens)
+    whole = prefill(executor(recorded, isa, threads=1), tokens, 512)
     for threads in (1, 2, 3):
         runs = executor(recorded, isa, threads=threads)
         for chunk in (512, 7, 1):
@@ -213,12 +195,11 @@ def test_bits_do_not_depend_on_chunks_company_or_threads(isa, name):
 def test_a_copied_state_goes_on_as_the_first_would(name):
     build, widths = MIXERS[name]
     recorded = program(build, *widths)
-    for made in (executor(recorded), ReferenceExecutor(recorded, n_pages=8, max_outputs=96,
-                                                       max_sequences=2)):
-        whole = prefill(made, np.arange(50))
-        prefill(made, np.arange(30))
+    for made in (executor(recorded), ReferenceExecutor(recorded, **LIMITS)):
+        whole = prefill(made, np.arange(50), 50)
+        prefill(made, np.arange(30), 30)
         made.copy_state(0, 1)
-        prefill(made, np.arange(40, 60))                       # another text in the first place
+        prefill(made, np.arange(40, 60), 20)                       # another text in the first place
         step = batch(range(30, 50), range(30, 50), [1] * 20, PAGES, range(20))
         np.testing.assert_allclose(made.step(step), whole[30:], rtol=1e-5, atol=1e-6)
         assert made.state_bytes == 2 * 4 * sum(recorded.states)
