@@ -266,7 +266,7 @@ class Model:
 
 
 @pytest.mark.parametrize("window, n_snapshots", [(0, 0), (1, 0), (20, 0), (2 * P + 3, 0), (0, 2),
-                                                 (P, 1)])
+                                                 (P, 1), (2 * P, 0)])
 @settings(max_examples=150, deadline=None)
 @given(steps=st.lists(STEP, max_size=40), n_pages=st.integers(4, 12))
 def test_any_order_of_calls_keeps_contents_and_counts_right(steps, n_pages, window, n_snapshots):
@@ -304,6 +304,22 @@ def test_a_chat_goes_on_from_where_its_window_is_still_there():
     assert run_in_pages(cache, ids(6 * P + 10)) == 6 * P
     run_in_pages(cache, ids(6 * P, 5000))  # takes the window pages of the first
     assert run_in_pages(cache, ids(6 * P + 20)) == 0
+
+
+def test_a_tail_goes_on_though_a_page_is_gone_that_only_its_first_token_looked_at():
+    cache = KVCache(64, WindowPages(8, window=2 * P))
+    prompt = ids(6 * P - 1)
+    run_in_pages(cache, prompt)
+    third = next(node for node in tree(cache._root)
+                 if node.key == prompt[3 * P:4 * P].tobytes())
+    for first in range(1000, 9000, 100):
+        if third.window_page < 0:
+            break
+        run_in_pages(cache, ids(5, first))
+    lease, n_done = opened(cache, ids(6 * P + 20))
+    assert n_done == 6 * P - 1 and third.window_page < 0 and third.window_refs == 0
+    cache.close(lease, ids(6 * P + 20), n_done)
+    check_pages(cache, [])
 
 
 def run_in_pages(cache, prompt) -> int:

@@ -380,9 +380,17 @@ def test_racing_chats_loads_and_unloads_all_get_answers_and_leave_nothing_held(s
                                               context_length=draw.choice([64, 128, 256]))
                     assert status == 200 or body["error"]["code"] == "model_unloaded", body
                 elif act == 2:
-                    events = client.stream(model=model, max_output_tokens=3, ttl=1)
-                    errors = [data["error"]["code"] for name, data in events if name == "error"]
-                    assert set(errors) <= {"model_unloaded"}, errors
+                    body = {"model": model, "input": "hi", "max_output_tokens": 3, "ttl": 1,
+                            "stream": True}
+                    status, _, data = client.request("POST", CHAT, json.dumps(body).encode(),
+                                                     {"Content-Type": "application/json"})
+                    if status == 200:
+                        assert check_stream(data, request=body) == []
+                        errors = {data["error"]["code"] for name, data in parse_sse(data)[0]
+                                  if name == "error"}
+                    else:                             # unloaded before the stream began
+                        errors = {json.loads(data)["error"]["code"]}
+                    assert errors <= {"model_unloaded"}, errors
                 else:
                     status, body = client.post({"model": model, "input": "hi", "max_output_tokens": 5,
                                                 "context_length": draw.choice([64, 300])})

@@ -103,12 +103,13 @@ class KVCache:
             return None
         lease.n_reserved = n_needed
         self._n_reserved += n_needed
-        self._hold_all(lease, path)
+        n_done = len(path) * PAGE_TOKENS + n_tail
+        self._hold_all(lease, path, n_done)
         if tail:
             self._take_tail(lease, tail)
         elif path:
             self._restore(lease)
-        return len(path) * PAGE_TOKENS + n_tail
+        return n_done
 
     def extend(self, lease: Lease, ids: np.ndarray, n_done: int) -> int:
         """How many of `ids` are computed: n_done, or more if others have filed what follows."""
@@ -118,7 +119,7 @@ class KVCache:
         found = self._find(ids, n_held, self._last(lease))
         found = found[:self._usable(lease.nodes + found, lease, n_held) - n_held]
         if found:
-            self._hold_all(lease, found)
+            self._hold_all(lease, found, (n_held + len(found)) * PAGE_TOKENS)
             self._restore(lease)
         return len(lease.nodes) * PAGE_TOKENS
 
@@ -260,8 +261,11 @@ class KVCache:
             self.window.keep(node, windows.pop(0))
         return node
 
-    def _hold_all(self, lease: Lease, nodes: list[Node]) -> None:
-        """Go on with these pages; of their window pages with those that are still looked at."""
+    def _hold_all(self, lease: Lease, nodes: list[Node], n_done: int) -> None:
+        """Go on with these pages; of their window pages with those that position n_done looks at.
+
+        The others may have been given away: `_usable` and `_can_go_on` look at these alone.
+        """
         for node in nodes:
             if node.refs == 0:
                 del self._idle[node]
@@ -270,7 +274,7 @@ class KVCache:
             self._append(lease, node.page, node.window_page)
         if self.window and nodes:
             n_held = len(lease.nodes)
-            first = max(self.window.first(n_held * PAGE_TOKENS), lease.first_window)
+            first = max(self.window.first(n_done), lease.first_window)
             for node in lease.nodes[max(first, n_held - len(nodes)):]:
                 self.window.hold(node)
             self._let_go(lease, first, n_held - len(nodes))
