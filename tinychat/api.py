@@ -185,7 +185,8 @@ class Model(Vocabulary):
         self._lock = threading.Lock()
 
     def chat(self, input: "str | list[dict | str | bytes | Path]", *,
-             system_prompt: str | None = None, stream: bool = False, temperature: float | None = None, top_p: float | None = None,
+             system_prompt: str | None = None, stream: bool = False,
+             temperature: float | None = None, top_p: float | None = None,
              top_k: int | None = None, min_p: float | None = None,
              repeat_penalty: float | None = None, max_output_tokens: int | None = None,
              reasoning: str | None = None, context_length: int | None = None,
