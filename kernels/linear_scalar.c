@@ -92,20 +92,6 @@ static INLINE void read_codes(int kind, const uint8_t *p, tile_block *t)
             t->w[4 * g + i % 4][i / 4] = (int16_t)(code_at(kind, p, g, i) - formats[kind].offset);
 }
 
-static uint32_t read_u32(const uint8_t *p, int i)
-{
-    uint32_t v;
-    memcpy(&v, p + 4 * i, 4);
-    return v;
-}
-
-static uint16_t read_u16(const uint8_t *p, int i)
-{
-    uint16_t v;
-    memcpy(&v, p + 2 * i, 2);
-    return v;
-}
-
 /* formats.h, scales6: number `which` (0, 1) of block b and a row. */
 static int scale6(const uint8_t *group, int which, int row, int b)
 {

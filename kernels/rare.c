@@ -14,26 +14,7 @@ typedef struct {
     float scales[16]; /* of 16 codes each */
 } rare_block;
 
-static float f16_at(const uint8_t *p)
-{
-    uint16_t bits;
-    memcpy(&bits, p, 2);
-    return float_of_f16(bits);
-}
-
-static uint16_t u16_at(const uint8_t *p, int i)
-{
-    uint16_t v;
-    memcpy(&v, p + 2 * i, 2);
-    return v;
-}
-
-static uint32_t u32_at(const uint8_t *p, int i)
-{
-    uint32_t v;
-    memcpy(&v, p + 4 * i, 4);
-    return v;
-}
+static float f16_at(const uint8_t *p) { return float_of_f16(read_u16(p, 0)); }
 
 static int nibble(const uint8_t *p, int i) { return p[i / 2] >> 4 * (i % 2) & 15; }
 
@@ -64,8 +45,8 @@ static uint64_t eight_at(const int8_t *grid, int index)
 
 static uint64_t four_and_four_at(const int8_t *grid, int first, int second)
 {
-    return u32_at((const uint8_t *)grid, first) |
-           (uint64_t)u32_at((const uint8_t *)grid, second) << 32;
+    return read_u32((const uint8_t *)grid, first) |
+           (uint64_t)read_u32((const uint8_t *)grid, second) << 32;
 }
 
 static void put_scale32(rare_block *b, int i, float scale)
@@ -79,7 +60,7 @@ static void unpack_iq2_xxs(const uint8_t *p, const int8_t *grid, rare_block *b)
     const float d = f16_at(p);
     for (int i = 0; i < 8; i++) {
         const uint8_t *at = p + 2 + 8 * i;
-        const uint32_t word = u32_at(at, 1);
+        const uint32_t word = read_u32(at, 1);
         put_scale32(b, i, d * (0.5f + (float)(word >> 28)) * 0.25f);
         for (int j = 0; j < 4; j++)
             put_signed(eight_at(grid, at[j]), eight_signs(word >> 7 * j),
@@ -92,7 +73,7 @@ static void unpack_iq2_xs(const uint8_t *p, const int8_t *grid, rare_block *b)
 {
     const float d = f16_at(p);
     for (int i = 0; i < 32; i++) {
-        const unsigned q = u16_at(p + 2, i);
+        const unsigned q = read_u16(p + 2, i);
         put_signed(eight_at(grid, q & 511), eight_signs(q >> 9), b->codes + 8 * i);
     }
     for (int i = 0; i < 16; i++)
@@ -117,7 +98,7 @@ static void unpack_iq3_xxs(const uint8_t *p, const int8_t *grid, rare_block *b)
 {
     const float d = f16_at(p);
     for (int i = 0; i < 8; i++) {
-        const uint32_t word = u32_at(p + 66, i);
+        const uint32_t word = read_u32(p + 66, i);
         put_scale32(b, i, d * (0.5f + (float)(word >> 28)) * 0.5f);
         for (int j = 0; j < 4; j++) {
             const uint8_t *at = p + 2 + 8 * i + 2 * j;
@@ -153,7 +134,7 @@ static void unpack_iq1_s(const uint8_t *p, const int8_t *grid, rare_block *b)
 {
     const float d = f16_at(p);
     for (int i = 0; i < 8; i++) {
-        const unsigned q = u16_at(p + 34, i);
+        const unsigned q = read_u16(p + 34, i);
         put_scale32(b, i, d * (float)(2 * (q >> 12 & 7) + 1) * 0.125f);
         for (int j = 0; j < 4; j++)
             put_eighths(grid + 8 * (p[2 + 4 * i + j] | (q >> 3 * j & 7) << 8), q >> 15,
@@ -168,7 +149,7 @@ static void unpack_iq1_m(const uint8_t *p, const int8_t *grid, rare_block *b)
     const uint8_t *scales = p + 48;
     unsigned bits = 0;
     for (int i = 0; i < 4; i++)
-        bits |= (unsigned)(u16_at(scales, i) >> 12) << 4 * i;
+        bits |= (unsigned)(read_u16(scales, i) >> 12) << 4 * i;
     const float d = float_of_f16((uint16_t)bits);
     for (int i = 0; i < 32; i++) {
         const int q = nibble(p + 32, i);
@@ -176,7 +157,7 @@ static void unpack_iq1_m(const uint8_t *p, const int8_t *grid, rare_block *b)
     }
     for (int i = 0; i < 16; i++)
         b->scales[i] =
-            d * (float)(2 * (u16_at(scales, i / 4) >> 3 * (i % 4) & 7) + 1) * 0.125f;
+            d * (float)(2 * (read_u16(scales, i / 4) >> 3 * (i % 4) & 7) + 1) * 0.125f;
 }
 
 /* n bytes of base 3 digits, the first digits of all, then the second of all */

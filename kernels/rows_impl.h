@@ -126,9 +126,14 @@ static void softcap(const float *x, float cap, int64_t n, float *out)
         vf_store(out + i, cap * vf_tanh(vf_load(x + i) / cap));
 }
 
-static void add(const float *restrict a, const float *restrict b, float scale, int64_t n,
-                float *restrict out)
+/* a may be out: without the pragma a compiler would have to check for that at each call. */
+static void add(const float *a, const float *restrict b, float scale, int64_t n, float *out)
 {
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#elif defined(__GNUC__)
+#pragma GCC ivdep
+#endif
     for (int64_t i = 0; i < n; i++)
         out[i] = a[i] + scale * b[i];
 }
