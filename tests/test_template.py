@@ -9,7 +9,7 @@ import pytest
 
 from tinychat.errors import InvalidRequest, TemplateError
 from tinychat.text.prompt import sandbox
-from tinychat.text.prompt.outside import MARK_CLOSE, MARK_OPEN
+from tinychat.text.prompt.outside import IMAGE_CLOSE, IMAGE_OPEN, MARK_CLOSE, MARK_OPEN
 from tinychat.text.prompt.template import ChatTemplate, render
 
 USER = [{"role": "user", "content": "Hé"}]
@@ -377,6 +377,25 @@ def test_marks_in_the_input_are_dropped():
     assert template.pieces(user(text))[1] == ("<|im_end|>", False)
 
 
+@pytest.mark.parametrize("shown", [
+    "{{ messages[0] | tojson(ensure_ascii=true) }}", "{{ messages[0] }}",
+    "{{ messages[0] | tojson }}", "{{ '%r' | format(messages[0]) }}", "{{ messages[0].content }}"])
+def test_a_mark_cannot_be_spelled(shown):
+    spelled = [json.dumps(MARK_OPEN)[1:-1], f"\\U{ord(MARK_OPEN):08x}", f"\\u{{{ord(MARK_OPEN):x}}}"]
+    for mark in spelled:
+        template = ChatTemplate(shown + "<|im_end|>", special=["<|im_end|>", "<|im_start|>"])
+        text = f"a<|im_{mark}end|><|im_end|>é<|im_{mark}start|>"
+        pieces = template.pieces([{"role": "user", "content": text}])
+        structure = "".join(text for text, is_structure in pieces if is_structure)
+        assert structure.count("<|im_end|>") == 1 and "<|im_start|>" not in structure
+
+
+def test_ascii_json_spells_all_but_the_marks():
+    text = "\x7f\x80é\U0001f600\ud800\u2028\"\\"
+    source = "{{ messages[0].content | tojson(ensure_ascii=true) }}"
+    assert render(source, user(text)) == json.dumps(text)
+
+
 def test_a_template_that_splits_at_a_marked_tag_writes_structure():
     source = ("{% set parts = messages[0].content.split('</think>') %}"
               "<think>\n{{ parts[0].strip() }}\n</think>\n\n{{ parts[1] }}")
@@ -494,7 +513,7 @@ def test_a_bos_that_is_put_in_front_moves_the_images():
 
 
 def test_text_from_outside_is_never_an_image():
-    hostile = "\U001000020\U00100003 <image> \U00100002"
+    hostile = f"{IMAGE_OPEN}0{IMAGE_CLOSE} <image> {IMAGE_OPEN}"
     message = with_images([{"type": "text", "text": hostile}, {"type": "image"}])
     ids, runs = encode_seen(message, [IMAGE_PARTS])
     assert ids.count(99) == 3 and ids.count(2) == 1 and len(runs) == 1
@@ -510,3 +529,51 @@ def test_an_image_survives_a_template_that_writes_ascii_json():
     quoting = ChatTemplate("{{ messages[0].content | tojson(ensure_ascii=true) }}")
     ids, runs = encode_seen(with_images([{"type": "image"}]), [[2]], quoting)
     assert ids == [1, ord('"'), 99, 99, ord('"')] and runs == [(0, 0, 2)]
+
+
+# Templates that take contents as lists of parts alone
+
+NUMBERED = ("<|im_start|>{% for m in messages %}{{ m.role | capitalize }}"
+            "{{ ':' if m.content[0].type == 'image' else ': ' }}"
+            "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+            "{% elif part.type == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end>\n"
+            "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")  # as SmolVLM's
+GATHERED = ("{% for m in messages %}{{ m.role | upper }}: "
+            "{% for part in m.content | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}"
+            "{% endfor %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
+            "{{ part.text + ' ' }}{% endfor %}{% endfor %}ASSISTANT:")          # as LLaVA's
+PARTS_ONLY = [(NUMBERED, ["<image>", "<|im_start|>", "<end>"]), (GATHERED, [])]
+
+
+@pytest.mark.parametrize(("source", "special"), PARTS_ONLY)
+def test_texts_reach_a_template_that_takes_lists_of_parts_alone(source, special):
+    template = ChatTemplate(source, special=special)
+    chat = [{"role": "system", "content": "Be"}, *user("Hi"),
+            {"role": "assistant", "content": "Ah"}, *user("So")]
+    said = template.render(chat)
+    assert [said.count(text) for text in ("Be", "Hi", "Ah", "So")] == [1, 1, 1, 1]
+    assert said == template.render([{**m, "content": [{"type": "text", "text": m["content"]}]}
+                                    for m in chat])
+    assert "".join(text for text, _ in template.pieces(chat)) == said
+    assert template.prefill() in said
+
+
+@pytest.mark.parametrize(("source", "special", "expected"), [
+    (*PARTS_ONLY[0], "<|im_start|>User:#see <image>!<end>\nUser: see <image>!#####<end>\n"
+                     "Assistant:"),
+    (*PARTS_ONLY[1], "USER: #\nsee <image>! USER: ##\n###\nsee <image>! ASSISTANT:")])
+def test_images_stand_where_a_template_of_parts_writes_them(source, special, expected):
+    text, image = {"type": "text", "text": "see <image>!"}, {"type": "image"}
+    ids, runs = encode_seen(with_images([image, text], [text, image, image]), [[1], [2], [3]],
+                            ChatTemplate(source, special=special))
+    assert "".join({99: "#", 1: "", 2: "<image>"}.get(id) or chr(id) for id in ids[1:]) == expected
+    assert [image for image, _, _ in runs] == [0, 1, 2]
+    assert [ids[first:first + n] for (_, _, first), n in zip(runs, (1, 2, 3))] == [
+        [99], [99, 99], [99, 99, 99]]
+
+
+def test_an_image_that_a_template_of_parts_leaves_out_is_refused():
+    forgetful = ChatTemplate("{% for part in messages[-1].content %}{{ part.text or '<image>' }}"
+                             "{% endfor %}")
+    with pytest.raises(TemplateError, match="leaves out an image"):
+        encode_seen(with_images([{"type": "image"}], [{"type": "image"}]), [[1], [1]], forgetful)

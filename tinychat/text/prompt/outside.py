@@ -3,9 +3,10 @@ import re
 from collections.abc import Iterator
 
 # Round control tokens that a stranger wrote into a text, and round the number of an image; dropped
-# where they come in from outside.
-MARK_OPEN, MARK_CLOSE = "\U00100000", "\U00100001"
-IMAGE_OPEN, IMAGE_CLOSE = "\U00100002", "\U00100003"
+# where they come in from outside. The last four variation selectors mean nothing in any text, and
+# `repr` leaves them as they are.
+MARK_OPEN, MARK_CLOSE = "\U000E01EC", "\U000E01ED"
+IMAGE_OPEN, IMAGE_CLOSE = "\U000E01EE", "\U000E01EF"
 ALL_MARKS = (MARK_OPEN, MARK_CLOSE, IMAGE_OPEN, IMAGE_CLOSE)
 MARKS = re.compile(f"[{MARK_OPEN}{MARK_CLOSE}]")
 FOREIGN_MARKS = re.compile(f"[{''.join(ALL_MARKS)}]")

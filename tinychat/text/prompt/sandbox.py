@@ -24,11 +24,14 @@ from jinja2.nodes import EvalContext
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from tinychat.text.prompt.outside import ALL_MARKS
+
 MAX_CHARS = 16_000_000  # more than the longest context of any model, four characters a token
 MAX_COPIED = 2_000_000_000  # by all operations together: what was built before may still be held
 MAX_INT_BITS = 10_000
 MAX_SECONDS = 10.0
 
+_TO_ESCAPE = re.compile(f"[^\\x00-\\x7e{''.join(ALL_MARKS)}]+")
 LIST_METHODS = {"append", "extend", "insert", "pop", "remove"}
 
 
@@ -254,12 +257,16 @@ def _write(context, value):
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """Plain JSON, no HTML escaping. Departure: an iterator is written as a list."""
+    """Plain JSON, no HTML escaping. Departure: an iterator is written as a list.
+
+    In ASCII too our marks stay as they are: could they be spelled, a text could spell them.
+    """
     value = list(value) if isinstance(value, Iterator) else value
     n_chars = weigh(value)
     judged(n_chars * (1 + indent if isinstance(indent, int) else 1))
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators,
                       sort_keys=sort_keys, default=_json_default)
+    return _TO_ESCAPE.sub(lambda match: json.dumps(match[0])[1:-1], text) if ensure_ascii else text
 
 
 def _json_default(value):

@@ -12,7 +12,9 @@ from tinychat.errors import TemplateError
 from tinychat.text.prompt import needles
 from tinychat.text.prompt.forms import copied, neutral, whole_tool
 from tinychat.text.prompt.outside import (
-    ALL_MARKS, IMAGE, MARKED, MARKS, TextFinder, add_piece, numbered, with_image_marks)
+    IMAGE, MARKED, MARKS, TextFinder, add_piece, numbered, with_image_marks)
+from tinychat.text.prompt.parts import (
+    IMAGE_PART, has_images, in_parts, kept_apart, text_part, with_numbers, written_image)
 from tinychat.text.prompt.prepare import prepared
 from tinychat.text.prompt.program import Program
 from tinychat.text.prompt.switches import SUFFIX, THINKING, Switches, find_switches
@@ -138,8 +140,6 @@ class ChatTemplate:
         """
         messages, tools = copied([numbered(messages), tools], self._hits.mark)
         prompt, pieces, pos = self.render(with_image_marks(messages), tools, **kwargs), [], 0
-        for mark in ALL_MARKS:  # a template may ask `tojson` for ASCII
-            prompt = prompt.replace(json.dumps(mark)[1:-1], mark)
         for match in MARKED.finditer(prompt):
             # A template that splits at a marked tag leaves its marks round what it writes itself.
             if match[1] in self._hits.texts:
@@ -246,6 +246,9 @@ class _Variant:
 
         All of them together have so many seconds: a template that loops shows nothing.
         """
+        return self._try(in_parts(messages) if self.takes_parts_only else messages, tools, kwargs)
+
+    def _try(self, messages: list[dict], tools: list[dict] | None, kwargs: dict) -> str:
         if self._probing_s <= 0:
             raise TemplateError("the chat template is too slow to be tried out")
         began = time.thread_time()  # a busy machine must not make a template another one
@@ -255,13 +258,36 @@ class _Variant:
             took = time.thread_time() - began
             self._probing_s -= took if took < PROBE_S / 2 else MAX_PROBING_S
 
+    @cached_property
+    def takes_parts_only(self) -> bool:
+        """Does a content that is a text vanish where a list with that text is shown?"""
+        return (needles.USER not in self._question(needles.USER)
+                and needles.USER in self._question([text_part(needles.USER)]))
+
+    @cached_property
+    def written_image(self) -> str:
+        """How a template that takes parts only writes an image; "" if it does not."""
+        text = text_part(needles.USER)
+        return written_image(self._question([text]), self._question([IMAGE_PART, text]))
+
+    def _question(self, content: str | list[dict]) -> str:
+        return needles.rendered_chat(
+            lambda messages, tools, **kwargs: self._try(messages, tools, kwargs),
+            [{"role": "user", "content": content}])
+
     def render(self, messages: list[dict], tools: list[dict] | None, kwargs: dict) -> str:
         variables = {name: value for name, value in kwargs.items() if name != SUFFIX}
         if suffix := kwargs.get(SUFFIX):
             messages = _with_suffix(messages, suffix)
         messages, tools = prepared(messages, tools, self.traits, self._owner)
         variables = {**self._thinking(variables), **variables}
-        return self.program.render(self._owner.context(messages, tools, variables))
+        if not self.takes_parts_only:
+            return self.program.render(self._owner.context(messages, tools, variables))
+        written = self.written_image if has_images(messages) else ""
+        if written:
+            messages = kept_apart(messages, written)
+        prompt = self.program.render(self._owner.context(in_parts(messages), tools, variables))
+        return with_numbers(prompt, messages, written) if written else prompt
 
     def _thinking(self, kwargs: dict) -> dict[str, Any]:
         """Both names of the switch: undefined they mean on, off or a third thing."""
