@@ -8,10 +8,10 @@ import pytest
 from helpers_golden import FOLDERS
 from helpers_program import weight
 from tinychat.errors import ModelFileError
-from tinychat.gguf_file import GGUFFile, open_gguf
+from tinychat.gguf_file import GGMLQuantizationType, GGUFFile, QTensor, open_gguf
 from tinychat.models import ARCHITECTURES, ModelConfig, build_program, rope
 from tinychat.models.config import RopeConfig
-from tinychat.models.weights import Weights
+from tinychat.models.weights import Weights, gathered, part, reshaped
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,14 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(smollm2, shape):
     tensor = weight("blk.1.ffn_up.weight", np.zeros(shape))
     with pytest.raises(ModelFileError, match=r"'blk.1.ffn_up.weight': expected shape \(384, 144\)"):
         build_program(changed(smollm2, tensors={tensor.name: tensor}))
+
+
+@pytest.mark.parametrize("of", [lambda t: part(t, 0, 32), lambda t: reshaped(t, 64, 1, 1),
+                                lambda t: gathered(t, np.arange(9), "nine")])
+def test_a_vector_in_blocks_that_cannot_be_taken_apart_is_named(of):
+    vector = QTensor("blk.0.fused.bias", GGMLQuantizationType.Q8_0, (64,), np.zeros(68, np.uint8))
+    with pytest.raises(ModelFileError, match=r"'blk.0.fused.bias': .* found Q8_0 of shape \(64\)"):
+        of(vector)
 
 
 def test_an_empty_vocabulary_is_refused(smollm2):

@@ -3,6 +3,7 @@ import re
 from dataclasses import replace
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES
 
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import QTensor
@@ -88,9 +89,13 @@ def _shape(shape: tuple[int | None, ...]) -> str:
 
 
 def part(tensor: QTensor, begin: int, end: int) -> QTensor:
-    """Rows begin … end-1 of a matrix, elements of a vector: a view, nothing is copied."""
+    """Rows begin … end-1 of a matrix, elements of a vector: a view, nothing is copied.
+
+    Raises: ModelFileError for a vector in blocks.
+    """
+    assert 0 <= begin < end <= tensor.shape[0]
+    _check_rows(tensor, tensor.shape)
     n_bytes = tensor.n_bytes // tensor.shape[0]
-    assert 0 <= begin < end <= tensor.shape[0] and n_bytes * tensor.shape[0] == tensor.n_bytes
     return replace(tensor, name=f"{tensor.name}[{begin}:{end}]",
                    shape=(end - begin, *tensor.shape[1:]),
                    data=tensor.data[begin * n_bytes:end * n_bytes])
@@ -99,13 +104,23 @@ def part(tensor: QTensor, begin: int, end: int) -> QTensor:
 def gathered(tensor: QTensor, rows: np.ndarray, what: str) -> QTensor:
     """These rows of a matrix, or elements of a vector, in this order: a copy of their bytes.
 
-    what: a name for the part.
+    what: a name for the part. Raises: ModelFileError for a vector in blocks.
     """
+    _check_rows(tensor, tensor.shape)
     data = tensor.data.reshape(tensor.shape[0], -1)[rows].reshape(-1)
     return replace(tensor, name=f"{tensor.name}[{what}]", shape=(len(rows), *tensor.shape[1:]),
                    data=data)
 
 
 def reshaped(tensor: QTensor, *shape: int) -> QTensor:
-    """The same bytes in another shape, whose rows are whole blocks still."""
+    """The same bytes in another shape. Raises: ModelFileError where its rows are no whole blocks."""
+    _check_rows(tensor, shape)
     return replace(tensor, shape=shape)
+
+
+def _check_rows(tensor: QTensor, shape: tuple[int, ...]) -> None:
+    """Each row by itself, or each element of a vector, has to begin at a byte."""
+    per_block = GGML_QUANT_SIZES[tensor.qtype][0]
+    if (shape[-1] if len(shape) > 1 else 1) % per_block:
+        raise ModelFileError(f"tensor {tensor.name!r}: expected rows of whole blocks of {per_block}"
+                             f", found {tensor.qtype.name} of shape {_shape(tensor.shape)}")
