@@ -4,6 +4,7 @@ import io
 import random
 import struct
 import threading
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -92,6 +93,22 @@ def test_a_turned_photograph_is_upright(kind, orientation):
     data = written(image, kind, exif=exif, **({"lossless": True} if kind == "webp" else {}))
     expected = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
     assert np.array_equal(images.decode(data), expected)
+    assert images.size_of(data) == expected.shape[:2]
+
+
+def test_a_large_picture_takes_little_more_memory_than_its_pixels():
+    tall = np.zeros((3000, 500, 4), np.uint8)
+    tall[::7, :, 3] = 200
+    data = written(Image.fromarray(tall))
+    tracemalloc.start()
+    try:
+        found = images.decode(data)
+        peak = tracemalloc.get_traced_memory()[1]    # NumPy's part of it
+    finally:
+        tracemalloc.stop()
+    white = 255 - tall[:, :, 3:].astype(int)
+    assert found.shape == (3000, 500, 3) and np.abs(found - white).max() <= 1
+    assert peak < 1.2 * found.nbytes
 
 
 @pytest.mark.parametrize("kind", ["gif", "png", "webp"])

@@ -2,17 +2,20 @@
 
 Pillow decodes PNG, JPEG, WebP, GIF and BMP. Only what draws the picture reaches it: of PNG and
 JPEG the parts that hold metadata or further frames are left out, and the sizes are judged before a
-pixel is decoded. Nothing here keeps a state, so any thread may call it at any time.
+pixel is decoded. Any thread may call it at any time; one picture is decoded after the other, since
+40 million pixels take some 300 MB while they are.
 """
 import base64
 import binascii
 import io
 import os
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tinychat.errors import InvalidRequest
@@ -30,6 +33,9 @@ KINDS = {
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # what draws the picture
 JPEG_METADATA = (*range(0xE1, 0xEE), 0xEF, 0xFE)  # APP1 … APP15 and comments, but for Adobe's APP14
 ORIENTATION_TAG = 0x0112
+STRIP_ROWS = 64  # that are converted at a time
+
+_decoding = threading.Lock()
 
 # EXIF orientation: what makes the picture upright
 UPRIGHT = {
@@ -41,6 +47,7 @@ UPRIGHT = {
     7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
     8: lambda x: np.rot90(x, 1),
 }
+SIDEWAYS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,20 @@ def decode(data: bytes, *, limits: Limits = LIMITS) -> np.ndarray:
 
     Raises: InvalidRequest for anything that is no image of a known kind, or too large a one.
     """
+    with _decoding:
+        pixels, orientation = _read(data, limits, _rgb)
+    upright = UPRIGHT.get(orientation)
+    return np.ascontiguousarray(upright(pixels) if upright else pixels)
+
+
+def size_of(data: bytes, *, limits: Limits = LIMITS) -> tuple[int, int]:
+    """Height and width of the picture, upright; no pixel of it is decoded. Raises: as `decode`."""
+    (width, height), orientation = _read(data, limits, lambda image: image.size)
+    return (width, height) if orientation in SIDEWAYS else (height, width)
+
+
+def _read(data: bytes, limits: Limits, read: Callable) -> tuple[Any, int]:
+    """What `read` makes of Pillow's image, and the picture's orientation."""
     if len(data) > limits.n_bytes:
         raise InvalidRequest(f"an image of {len(data)} bytes; at most {limits.n_bytes} are taken")
     kind = kind_of(data)
@@ -68,17 +89,14 @@ def decode(data: bytes, *, limits: Limits = LIMITS) -> np.ndarray:
         drawing, exif = _stripped(kind, data, limits)
         with _readers()[kind](io.BytesIO(drawing)) as image:
             _check_size(image.size, limits)
-            image.load()
-            pixels = _rgb(image)
-            exif = exif or image.info.get("exif", b"")  # of WebP
+            found = read(image)
+            return found, _orientation(exif or image.info.get("exif", b""))  # the latter of WebP
     except InvalidRequest:
         raise
     except MemoryError:
         raise InvalidRequest("no memory for an image of this size") from None
     except Exception as error:  # noqa: BLE001 - broken bytes make Pillow raise whatever it likes
         raise InvalidRequest(f"a broken {kind.upper()} image: {_short(error)}") from None
-    upright = UPRIGHT.get(_orientation(exif))
-    return np.ascontiguousarray(upright(pixels) if upright else pixels)
 
 
 def kind_of(data: bytes) -> str:
@@ -154,6 +172,16 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
 
 def _rgb(image) -> np.ndarray:
     """A Pillow image -> uint8 (h, w, 3), over white where the picture is transparent."""
+    image.load()
+    out = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, STRIP_ROWS):
+        end = min(top + STRIP_ROWS, image.height)
+        with image.crop((0, top, image.width, end)) as strip:
+            out[top:end] = _rgb_strip(strip)
+    return out
+
+
+def _rgb_strip(image) -> np.ndarray:
     from PIL import Image
 
     if image.mode.startswith(("I", "F")):  # 16-bit grey: the upper byte

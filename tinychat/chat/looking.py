@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from tinychat.chat.waiting import away
 from tinychat.contract import ImageItem
-from tinychat.errors import TinychatError
+from tinychat.errors import ContextOverflow, TinychatError
 from tinychat.library import LoadedModel
 from tinychat.library.sight import Seen
 
@@ -22,6 +22,13 @@ class Looking:
         self._called_off = called_off
         self._part: float | None = None
         self.seen: list[Seen] = []
+
+    def check_room(self, n_ctx: int) -> None:
+        """Raises: ContextOverflow, before any time goes into images that have no room."""
+        n = self._sight.n_tokens(self._urls)
+        if n >= n_ctx:
+            raise ContextOverflow(f"the images have {n} tokens, more than the context length of "
+                                  f"{n_ctx} has room for", param="input")
 
     @property
     def takes_time(self) -> bool:

@@ -158,6 +158,8 @@ class Chat:
     def _look(self) -> Iterator[dict | None]:
         """Encodes the chat's images, the first part of processing its prompt; returns them."""
         looking = Looking(self.model, self.images, self.called_off)
+        looking.check_room(min(self.request.context_length or self.model.context_length,
+                               self.model.context_length))
         if looking.takes_time:
             self.looked = True
             self.stats.begin_prompt(time.perf_counter())

@@ -6,7 +6,7 @@ from pathlib import Path
 from tinychat.cli.commands import fetched, load_shown
 from tinychat.cli.settings import decide
 from tinychat.cli.terminal import one_line, printable, say
-from tinychat.errors import ModelNotFound, TinychatError
+from tinychat.errors import InvalidRequest, ModelNotFound, TinychatError
 
 HELP = """\
 /help           this list
@@ -65,10 +65,16 @@ class Talk:
         self.images: list[str] = []  # data URLs that go with the next message
 
     def take_image(self, path: str) -> None:
-        """Raises: InvalidRequest for what is no image."""
+        """Raises: InvalidRequest for what is no image, or a model that could not see it."""
         from tinychat import images
 
-        data = images.load(Path(path).expanduser())
+        if not self.library.find(self.key).sees:
+            raise InvalidRequest(f"{self.key} cannot see images")
+        try:
+            found = Path(path).expanduser()
+        except RuntimeError as error:  # of ~somebody who is not known
+            raise InvalidRequest(f"{path}: {error}") from None
+        data = images.load(found)
         images.decode(data)
         self.images.append(images.data_url(data))
 
@@ -138,13 +144,20 @@ class Talk:
             if screen.error is None:
                 self.last_id, self.images = screen.result["response_id"], []
                 return True
-            say(f"tinychat: {one_line(screen.error)}")
+            self.fail(screen.error)
         except TinychatError as error:
-            say(f"tinychat: {one_line(error)}")
+            self.fail(error)
         except KeyboardInterrupt:
             screen.end_line()
             raise
         return False
+
+    def fail(self, error: TinychatError | str) -> None:
+        """Images that may be what was wrong do not come back with the next message."""
+        say(f"tinychat: {one_line(error)}")
+        if self.images:
+            self.images = []
+            say("the images were let go of")
 
 
 class Screen:

@@ -1,4 +1,5 @@
 """`POST /api/v1/chat`: the request's dataclasses, and the validation that makes them."""
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from tinychat.contract.checks import (
     Fields, array, boolean, choice, integer, number, string, text, wrong_type, wrong_value)
 from tinychat.errors import InvalidRequest
 
+MAX_IMAGES, MAX_PIXELS = 1000, 100_000_000  # of one request; decoding so many pixels takes 3 s
 MAX_INTEGRATIONS = 32
 MAX_LABEL_LENGTH = 64
 MAX_TOOL_TIMEOUT_MS = 3_600_000
@@ -106,7 +108,34 @@ def _input(path: str, value: Any) -> tuple[TextItem | ImageItem, ...]:
         raise wrong_type(path, "a string or an array", value)
     if not value:
         raise wrong_value(path, "an array that is not empty")
-    return array(_input_item)(path, value)
+    items = array(_input_item)(path, value)
+    _check_images(path, items)
+    return items
+
+
+def _check_images(path: str, items: tuple[TextItem | ImageItem, ...]) -> None:
+    """Whether each can be decoded; all sizes are judged before."""
+    if sum(isinstance(item, ImageItem) for item in items) > MAX_IMAGES:
+        raise wrong_value(path, f"at most {MAX_IMAGES} images")
+    n_pixels = 0
+    for decode in (False, True):
+        for position, item in enumerate(items):
+            if isinstance(item, ImageItem):
+                n_pixels += _image(f"{path}.{position}.data_url", item.data_url, decode)
+        if n_pixels > MAX_PIXELS:
+            raise wrong_value(path, f"at most {MAX_PIXELS} pixels in all images together")
+
+
+def _image(path: str, url: str, decode: bool) -> int:
+    """The number of its pixels, or 0 once they are decoded."""
+    try:
+        data = images.parse_data_url(url)
+        if not decode:
+            return math.prod(images.size_of(data))
+        images.decode(data)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{error} at `{path}`", code="invalid_value", param=path) from None
+    return 0
 
 
 def _input_item(path: str, value: Any) -> TextItem | ImageItem:
@@ -116,20 +145,12 @@ def _input_item(path: str, value: Any) -> TextItem | ImageItem:
     if kind == "text" or kind == "message":
         read = TextItem(item.required("content", string))
     elif kind == "image":
-        read = ImageItem(item.required("data_url", _image_url))
+        read = ImageItem(item.required("data_url", string))
     else:
         raise InvalidRequest(f"expected `type` text, message or image at `{path}`",
                              code="invalid_union", param="input")
     item.finish()
     return read
-
-
-def _image_url(path: str, value: Any) -> str:
-    try:
-        images.decode(images.parse_data_url(string(path, value)))
-    except InvalidRequest as error:
-        raise InvalidRequest(f"{error} at `{path}`", code="invalid_value", param=path) from None
-    return value
 
 
 def _integrations(path: str, value: Any) -> tuple[Plugin | EphemeralServer, ...]:

@@ -12,9 +12,11 @@ from tinychat.engine.sampler import SamplingParams
 from tinychat.errors import InvalidRequest, ModelFileError, ModelLoadError, TinychatError
 from tinychat.gguf_file import GGUFFile, open_gguf
 from tinychat.library.entry import ModelEntry
-from tinychat.library.memory import MemoryPlan, available_memory, plan_memory
+from tinychat.library.memory import (
+    MemoryPlan, available_memory, bytes_without_context, plan_memory)
 from tinychat.library.sight import Sight
 from tinychat.models import build_program
+from tinychat.models.vision import read_tower
 from tinychat.ops import open_executor, why_reference
 from tinychat.ops.program import Program
 from tinychat.text.guide import TokenTrie
@@ -96,8 +98,15 @@ class LoadedModel:
         batch = {"eval_batch_size": self.eval_batch_size} if self.entry.type == "llm" else {}
         return {"context_length": self.context_length, **batch}
 
+    def stop(self, error: TinychatError | None = None) -> None:
+        """What runs ends with `error`, and nothing new begins."""
+        if self.sight:
+            self.sight.stop(error)
+        self.engine.close(error)
+
     def close(self, error: TinychatError | None = None) -> None:
         """End what runs with `error` and give the memory back."""
+        self.stop(error)
         if self.sight:
             self.sight.close()
         if self.engine.close(error):  # else a step is inside the executor: its memory must stay
@@ -148,12 +157,12 @@ def _open_model(entry, n_ctx, settings, report) -> LoadedModel:
         tokenizer = Tokenizer.from_metadata(file.metadata)
         _check_vocabulary(file, program, tokenizer)
         template = ChatTemplate.from_metadata(file.metadata, tokenizer)
+        memory = plan(program, entry, n_ctx, settings)
         sight = None
         if entry.sees:
             sight = Sight(entry, program, threads=settings.threads)
             undo.callback(sight.close)
         report(0.3)
-        memory = plan(program, entry, n_ctx, settings)
         run = _engine if entry.type == "llm" else _embedder
         executor, engine = run(undo, file, program, n_ctx, settings, memory)
         report(1.0)
@@ -212,14 +221,21 @@ def plan(program: Program, entry: ModelEntry, n_ctx: int, settings: LoadSettings
          freed_bytes: int = 0) -> MemoryPlan:
     """`freed_bytes`: what will be given back before the load. Raises: ModelLoadError."""
     available = available_memory()
-    is_llm = entry.type == "llm"
+    is_llm, dequantized = entry.type == "llm", why_reference() is not None
     return plan_memory(program, n_ctx=n_ctx, parallel=settings.parallel if is_llm else 1,
                        max_tokens=settings.step_tokens(n_ctx, program) if is_llm else n_ctx,
                        kv_type=settings.kv_type if is_llm else "f32",
-                       extra_bytes=entry.mmproj.stat().st_size if entry.sees else 0,
-                       dequantized=why_reference() is not None,
+                       extra_bytes=_tower_bytes(entry, dequantized) if entry.sees else 0,
+                       dequantized=dequantized,
                        spare_pages=0 if is_llm else MIN_SLOTS,  # texts share a step, but no page
                        available=None if available is None else available + freed_bytes)
+
+
+def _tower_bytes(entry: ModelEntry, dequantized: bool) -> int:
+    with open_gguf(entry.mmproj) as file:
+        _, stages = read_tower(file)
+        return sum(bytes_without_context(program, n_rows, dequantized)
+                   for program, n_rows in stages)
 
 
 def sampling_defaults(metadata: dict) -> SamplingParams:

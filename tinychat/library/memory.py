@@ -51,12 +51,10 @@ def plan_memory(program: Program, *, n_ctx: int, parallel: int, max_tokens: int,
     available: bytes that may be used; None when the machine does not tell.
     Raises: ModelLoadError with both figures.
     """
-    weights = program.weights()
     least = math.ceil(n_ctx / PAGE_TOKENS) + spare_pages
     plan = MemoryPlan(
-        weight_bytes=extra_bytes + sum(4 * math.prod(w.shape) if dequantized else w.n_bytes
-                                       for w in weights),
-        buffer_bytes=4 * max_tokens * sum(plan_slots(program)[1]),
+        weight_bytes=extra_bytes + _weight_bytes(program, dequantized),
+        buffer_bytes=_buffer_bytes(program, max_tokens),
         page_bytes=PAGE_TOKENS * kv_bytes_per_token(program, kv_type, with_reach=False),
         n_pages=least * parallel,
         window_page_bytes=PAGE_TOKENS * kv_bytes_per_token(program, kv_type, with_reach=True),
@@ -76,6 +74,20 @@ def plan_memory(program: Program, *, n_ctx: int, parallel: int, max_tokens: int,
             "available", param="model")
     return replace(plan, n_pages=min(plan.n_pages, left // plan.page_bytes)
                    if plan.page_bytes else plan.n_pages)
+
+
+def bytes_without_context(program: Program, max_tokens: int, dequantized: bool) -> int:
+    """Of a program whose steps stand alone, as a vision tower's do: its KV is that of one step."""
+    return (_weight_bytes(program, dequantized) + _buffer_bytes(program, max_tokens)
+            + max_tokens * kv_bytes_per_token(program, "f32"))
+
+
+def _weight_bytes(program: Program, dequantized: bool) -> int:
+    return sum(4 * math.prod(w.shape) if dequantized else w.n_bytes for w in program.weights())
+
+
+def _buffer_bytes(program: Program, max_tokens: int) -> int:
+    return 4 * max_tokens * sum(plan_slots(program)[1])
 
 
 def _window_pages(program: Program, n_ctx: int, parallel: int, max_tokens: int) -> int:

@@ -186,7 +186,7 @@ class Residents:
             self._changed.notify_all()
             leaving = list(self._leaving.values())
         for model in leaving:
-            model.engine.close(error)
+            model.stop(error)
         with self._changed:
             self._changed.wait_for(lambda: not self._loading)
             models = list(self._ready.values())
@@ -350,7 +350,7 @@ class Residents:
         """Close one that is leaving; requests that still run on it get the error."""
         key = model.entry.key
         try:
-            model.engine.close(error)
+            model.stop(error)
             with self._changed:  # those who hold it are reading its last updates
                 self._changed.wait_for(lambda: model.n_users == 0, UNLOAD_WAIT_S)
             model.close(error)

@@ -60,6 +60,7 @@ class Sight:
             raise
         self._busy = threading.Lock()
         self._kept: OrderedDict[bytes, Seen] = OrderedDict()  # least recently seen first
+        self._stopped: TinychatError | None = None
         self._closed = False
 
     def placeholder_id(self, tokenizer: Tokenizer) -> int:
@@ -71,24 +72,32 @@ class Sight:
         """Whether seeing these takes no time."""
         return all(_digest(images.parse_data_url(url)) in self._kept for url in set(data_urls))
 
+    def n_tokens(self, data_urls: Sequence[str]) -> int:
+        """Of these images, all together: known before any is encoded, or even decoded."""
+        sizes = (images.size_of(images.parse_data_url(url)) for url in data_urls)
+        return sum(self._encoder.count(height, width) for height, width in sizes)
+
     def see_all(self, data_urls: Sequence[str],
                 report: Callable[[float], None] = lambda part: None) -> list[Seen]:
         """Each image encoded, or found; report: gets 0 to 1, and may raise to stop.
 
-        Raises: InvalidRequest for what is no image.
+        Raises: InvalidRequest for what is no image, TinychatError once it is told to stop.
         """
+        def report_unless_stopped(part: float) -> None:
+            self._check_stopped()
+            report(part)
+
         seen = []
         for i, url in enumerate(data_urls):
-            seen.append(self._see(images.parse_data_url(url),
-                                  lambda part: report((i + part) / len(data_urls))))
-            report((i + 1) / len(data_urls))
+            seen.append(self._see(images.parse_data_url(url), lambda part: report_unless_stopped(
+                (i + part) / len(data_urls))))
+            report_unless_stopped((i + 1) / len(data_urls))
         return seen
 
     def _see(self, data: bytes, report: Callable[[float], None]) -> Seen:
         digest = _digest(data)
         with self._busy:
-            if self._closed:
-                raise TinychatError("the model was unloaded", code="model_unloaded", param="model")
+            self._check_stopped()
             if digest not in self._kept:
                 self._keep(Seen(digest, self._encoder.encode(images.decode(data), report)))
             self._kept.move_to_end(digest)
@@ -100,8 +109,18 @@ class Sight:
         while n_bytes > KEPT_BYTES and len(self._kept) > 1:
             n_bytes -= self._kept.popitem(last=False)[1].n_bytes
 
+    def _check_stopped(self) -> None:
+        if self._stopped:
+            raise self._stopped
+
+    def stop(self, error: TinychatError | None = None) -> None:
+        """What is being encoded ends with `error` at its next report, and what comes at once."""
+        self._stopped = self._stopped or error or TinychatError(
+            "the model was unloaded", code="model_unloaded", param="model")
+
     def close(self) -> None:
-        """After the image that is being encoded; may be called again."""
+        """May be called again."""
+        self.stop()
         with self._busy:
             if not self._closed:
                 self._closed = True

@@ -8,7 +8,7 @@ import numpy as np
 
 from tinychat.errors import ModelFileError
 from tinychat.models.vision.config import VisionConfig
-from tinychat.models.vision.pixels import Tile, padded_square
+from tinychat.models.vision.pixels import MAX_SQUARE, Tile, padded_square
 from tinychat.models.vision.tower import Tower, block, mlp, norm
 from tinychat.models.weights import Weights
 from tinychat.ops.program import Buffer
@@ -85,6 +85,9 @@ class InternVL(Tower):
         self.n_merge = keys.integer("projector.scale_factor", 1, 64, 2)
         self.least = keys.integer("preproc_min_tiles", 1, MAX_TILES, 1)
         self.most = keys.integer("preproc_max_tiles", self.least, MAX_TILES, 12)
+        if self.most * config.image_size ** 2 > MAX_SQUARE ** 2:
+            raise ModelFileError(f"metadata key clip.vision.preproc_max_tiles: {self.most} tiles of"
+                                 f" {config.image_size} pixels a side are too many")
 
     def layout(self, height: int, width: int) -> list[str | Tile]:
         """Tiles row by row, then the whole picture where they are several."""

@@ -57,22 +57,16 @@ class VisionEncoder:
 
     def __init__(self, file: GGUFFile, *, n_embd: int, kind: str | None = None,
                  threads: int | None = None, isa: str | None = None):
-        name = projector_of(file.metadata)
-        if name not in TOWERS:
-            found = f"projector type {name!r} is not supported" if name else "no vision tower"
-            raise ModelFileError(f"{file.path}: {found}; known are {', '.join(KNOWN)}")
-        weights = Weights(file.tensors)
-        tower = TOWERS[name](VisionConfig.from_metadata(file.metadata), weights)
-        programs = record(tower, name)
+        tower, stages = read_tower(file)
         self.n_deepstack = tower.n_deepstack
-        self.width = programs[1].result.width
+        self.width = stages[1][0].result.width
         if self.width != n_embd * (1 + tower.n_deepstack):
             raise ModelFileError(f"{file.path}: its projector makes {self.width} values a token, "
                                  f"the model takes {n_embd * (1 + tower.n_deepstack)}")
         how = dict(kind=kind, threads=threads, isa=isa)
         self._tower, self._stages = tower, []
         try:
-            for program, n_rows in zip(programs, (tower.max_rows, PROJECTOR_ROWS)):
+            for program, n_rows in stages:
                 self._stages.append(Stage(program, n_rows, **how))
         except BaseException:
             self.close()
@@ -83,11 +77,7 @@ class VisionEncoder:
         """The special token that stands for image tokens in the text; None: there is none."""
         return self._tower.placeholder
 
-    @property
-    def weight_bytes(self) -> int:
-        return sum(stage.executor.weight_bytes for stage in self._stages)
-
-    def count(self, width: int, height: int) -> int:
+    def count(self, height: int, width: int) -> int:
         """Image tokens of a picture of that size."""
         return sum(self._tower.n_tokens(part) for part in self._tower.layout(height, width)
                    if isinstance(part, Tile))
@@ -121,6 +111,20 @@ class VisionEncoder:
         for stage in self._stages:
             stage.executor.close()
         self._stages = []
+
+
+def read_tower(file: GGUFFile) -> tuple[Tower, list[tuple[Program, int]]]:
+    """What an mmproj file describes, and each program that it runs with the most rows of a step.
+
+    Raises: ModelFileError, as `VisionEncoder` does.
+    """
+    name = projector_of(file.metadata)
+    if name not in TOWERS:
+        found = f"projector type {name!r} is not supported" if name else "no vision tower"
+        raise ModelFileError(f"{file.path}: {found}; known are {', '.join(KNOWN)}")
+    tower = TOWERS[name](VisionConfig.from_metadata(file.metadata), Weights(file.tensors))
+    seen, projected = record(tower, name)
+    return tower, [(seen, tower.max_rows), (projected, PROJECTOR_ROWS)]
 
 
 def record(tower: Tower, name: str) -> tuple[Program, Program]:
