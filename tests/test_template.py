@@ -381,7 +381,8 @@ def test_marks_in_the_input_are_dropped():
     "{{ messages[0] | tojson(ensure_ascii=true) }}", "{{ messages[0] }}",
     "{{ messages[0] | tojson }}", "{{ '%r' | format(messages[0]) }}", "{{ messages[0].content }}"])
 def test_a_mark_cannot_be_spelled(shown):
-    spelled = [json.dumps(MARK_OPEN)[1:-1], f"\\U{ord(MARK_OPEN):08x}", f"\\u{{{ord(MARK_OPEN):x}}}"]
+    spelled = [json.dumps(MARK_OPEN)[1:-1], f"\\U{ord(MARK_OPEN):08x}",
+               f"\\u{{{ord(MARK_OPEN):x}}}"]
     for mark in spelled:
         template = ChatTemplate(shown + "<|im_end|>", special=["<|im_end|>", "<|im_start|>"])
         text = f"a<|im_{mark}end|><|im_end|>é<|im_{mark}start|>"
@@ -570,6 +571,15 @@ def test_images_stand_where_a_template_of_parts_writes_them(source, special, exp
     assert [image for image, _, _ in runs] == [0, 1, 2]
     assert [ids[first:first + n] for (_, _, first), n in zip(runs, (1, 2, 3))] == [
         [99], [99, 99], [99, 99, 99]]
+
+
+def test_an_image_before_what_begins_like_it_is_found_whole():
+    late = ChatTemplate("{% for part in messages[-1].content if part.type == 'text' %}"
+                        "{{ part.text }}{% endfor %}{% for part in messages[-1].content"
+                        " if part.type == 'image' %}<image>{% endfor %}<end>")
+    ids, runs = encode_seen(with_images([{"type": "image"}, {"type": "text", "text": "hm"}]),
+                            [[2]], late)
+    assert ids == [1, ord("h"), ord("m"), 99, 99, *map(ord, "<end>")] and runs == [(0, 0, 3)]
 
 
 def test_an_image_that_a_template_of_parts_leaves_out_is_refused():

@@ -4,16 +4,22 @@ A text that such a template is given as a string vanishes without an error, and 
 as a text of the template's own, in whose place the number of the image has to come.
 """
 import re
+from collections.abc import Callable
 
 from tinychat.errors import TemplateError
-from tinychat.text.prompt.outside import IMAGE, IMAGE_CLOSE, IMAGE_OPEN, MARK_CLOSE, MARK_OPEN
+from tinychat.text.prompt.outside import IMAGE, MARK_CLOSE, MARK_OPEN
+from tinychat.text.reply.literals import common_prefix, n_common_end
 
 IMAGE_PART = {"type": "image"}
 
 
 def in_parts(messages: list[dict]) -> list[dict]:
     """Each content that is a text becomes a list of its parts; images are found by their marks."""
-    return [{**message, "content": _parts(message["content"])}
+    return _with_texts(messages, _parts)
+
+
+def _with_texts(messages: list[dict], change: Callable[[str], str | list[dict]]) -> list[dict]:
+    return [{**message, "content": change(message["content"])}
             if isinstance(message.get("content"), str) else message for message in messages]
 
 
@@ -31,36 +37,29 @@ def text_part(text: str) -> dict:
 
 
 def written_image(without: str, with_image: str) -> str:
-    """How a template writes an image: two renderings differ by it, one of them begins with it."""
-    n = 0
-    while n < min(len(without), len(with_image)) and without[n] == with_image[n]:
-        n += 1
-    end = len(with_image)
-    while end > n and without.endswith(with_image[end - 1:]):
-        end -= 1
-    return with_image[n:end].strip()
+    """How a template writes an image: two renderings differ by it."""
+    n = common_prefix(without, with_image)
+    n_end = min(n_common_end(without, with_image), len(without) - n)
+    return with_image[n:len(with_image) - n_end].strip()
 
 
 def kept_apart(messages: list[dict], written: str) -> list[dict]:
     """Where a text from outside spells an image as the template would, a pair of marks cuts it."""
     cut = written[:1] + MARK_OPEN + MARK_CLOSE + written[1:]
-    return [{**message, "content": _foreign(written).sub(lambda _: cut, message["content"])}
-            if isinstance(message.get("content"), str) else message for message in messages]
+    return _with_texts(messages, lambda text: _foreign(written).sub(lambda _: cut, text))
 
 
-def with_numbers(prompt: str, messages: list[dict], written: str) -> str:
+def image_marks(messages: list[dict]) -> list[str]:
+    return [match[0] for message in messages if isinstance(message.get("content"), str)
+            for match in IMAGE.finditer(message["content"])]
+
+
+def with_marks(prompt: str, marks: list[str], written: str) -> str:
     """The prompt with the images' marks where the template wrote them, in the order of the chat."""
-    marks = [match[0] for message in messages if isinstance(message.get("content"), str)
-             for match in IMAGE.finditer(message["content"])]
     pieces = _foreign(written).split(prompt)
     if len(pieces) != len(marks) + 1:
         raise TemplateError("the chat template leaves out an image of the chat")
     return "".join(text for pair in zip(pieces, [*marks, ""]) for text in pair)
-
-
-def has_images(messages: list[dict]) -> bool:
-    return any(IMAGE_OPEN in message["content"] and IMAGE_CLOSE in message["content"]
-               for message in messages if isinstance(message.get("content"), str))
 
 
 def _foreign(written: str) -> re.Pattern:

@@ -14,7 +14,7 @@ from tinychat.text.prompt.forms import copied, neutral, whole_tool
 from tinychat.text.prompt.outside import (
     IMAGE, MARKED, MARKS, TextFinder, add_piece, numbered, with_image_marks)
 from tinychat.text.prompt.parts import (
-    IMAGE_PART, has_images, in_parts, kept_apart, text_part, with_numbers, written_image)
+    IMAGE_PART, image_marks, in_parts, kept_apart, text_part, with_marks, written_image)
 from tinychat.text.prompt.prepare import prepared
 from tinychat.text.prompt.program import Program
 from tinychat.text.prompt.switches import SUFFIX, THINKING, Switches, find_switches
@@ -246,9 +246,10 @@ class _Variant:
 
         All of them together have so many seconds: a template that loops shows nothing.
         """
-        return self._try(in_parts(messages) if self.takes_parts_only else messages, tools, kwargs)
+        return self._try(in_parts(messages) if self.takes_parts_only else messages, tools,
+                         **kwargs)
 
-    def _try(self, messages: list[dict], tools: list[dict] | None, kwargs: dict) -> str:
+    def _try(self, messages: list[dict], tools: list[dict] | None = None, **kwargs) -> str:
         if self._probing_s <= 0:
             raise TemplateError("the chat template is too slow to be tried out")
         began = time.thread_time()  # a busy machine must not make a template another one
@@ -271,9 +272,7 @@ class _Variant:
         return written_image(self._question([text]), self._question([IMAGE_PART, text]))
 
     def _question(self, content: str | list[dict]) -> str:
-        return needles.rendered_chat(
-            lambda messages, tools, **kwargs: self._try(messages, tools, kwargs),
-            [{"role": "user", "content": content}])
+        return needles.rendered_chat(self._try, [{**needles.QUESTION, "content": content}])
 
     def render(self, messages: list[dict], tools: list[dict] | None, kwargs: dict) -> str:
         variables = {name: value for name, value in kwargs.items() if name != SUFFIX}
@@ -283,11 +282,12 @@ class _Variant:
         variables = {**self._thinking(variables), **variables}
         if not self.takes_parts_only:
             return self.program.render(self._owner.context(messages, tools, variables))
-        written = self.written_image if has_images(messages) else ""
+        marks = image_marks(messages)
+        written = self.written_image if marks else ""
         if written:
             messages = kept_apart(messages, written)
         prompt = self.program.render(self._owner.context(in_parts(messages), tools, variables))
-        return with_numbers(prompt, messages, written) if written else prompt
+        return with_marks(prompt, marks, written) if written else prompt
 
     def _thinking(self, kwargs: dict) -> dict[str, Any]:
         """Both names of the switch: undefined they mean on, off or a third thing."""
