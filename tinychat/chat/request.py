@@ -158,9 +158,9 @@ class Chat:
     def _look(self) -> Iterator[dict | None]:
         """Encodes the chat's images, the first part of processing its prompt; returns them."""
         looking = Looking(self.model, self.images, self.called_off)
-        looking.check_room(min(self.request.context_length or self.model.context_length,
-                               self.model.context_length))
         if looking.takes_time:
+            looking.check_room(min(self.request.context_length or self.model.context_length,
+                                   self.model.context_length))
             self.looked = True
             self.stats.begin_prompt(time.perf_counter())
             yield {"type": "prompt_processing.start"}

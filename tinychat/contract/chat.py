@@ -1,6 +1,7 @@
 """`POST /api/v1/chat`: the request's dataclasses, and the validation that makes them."""
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -115,27 +116,28 @@ def _input(path: str, value: Any) -> tuple[TextItem | ImageItem, ...]:
 
 def _check_images(path: str, items: tuple[TextItem | ImageItem, ...]) -> None:
     """Whether each can be decoded; all sizes are judged before."""
-    if sum(isinstance(item, ImageItem) for item in items) > MAX_IMAGES:
+    found = {f"{path}.{position}.data_url": item.data_url
+             for position, item in enumerate(items) if isinstance(item, ImageItem)}
+    if len(found) > MAX_IMAGES:
         raise wrong_value(path, f"at most {MAX_IMAGES} images")
-    n_pixels = 0
-    for decode in (False, True):
-        for position, item in enumerate(items):
-            if isinstance(item, ImageItem):
-                n_pixels += _image(f"{path}.{position}.data_url", item.data_url, decode)
-        if n_pixels > MAX_PIXELS:
-            raise wrong_value(path, f"at most {MAX_PIXELS} pixels in all images together")
+    drawn, n_pixels = {}, 0
+    for where, url in found.items():
+        with _image_at(where):
+            drawn[where] = images.parse_data_url(url)
+            n_pixels += math.prod(images.size_of(drawn[where]))
+    if n_pixels > MAX_PIXELS:
+        raise wrong_value(path, f"at most {MAX_PIXELS} pixels in all images together")
+    for where, data in drawn.items():
+        with _image_at(where):
+            images.decode(data)
 
 
-def _image(path: str, url: str, decode: bool) -> int:
-    """The number of its pixels, or 0 once they are decoded."""
+@contextmanager
+def _image_at(path: str):
     try:
-        data = images.parse_data_url(url)
-        if not decode:
-            return math.prod(images.size_of(data))
-        images.decode(data)
+        yield
     except InvalidRequest as error:
         raise InvalidRequest(f"{error} at `{path}`", code="invalid_value", param=path) from None
-    return 0
 
 
 def _input_item(path: str, value: Any) -> TextItem | ImageItem:

@@ -98,18 +98,18 @@ class LoadedModel:
         batch = {"eval_batch_size": self.eval_batch_size} if self.entry.type == "llm" else {}
         return {"context_length": self.context_length, **batch}
 
-    def stop(self, error: TinychatError | None = None) -> None:
-        """What runs ends with `error`, and nothing new begins."""
+    def stop(self, error: TinychatError | None = None) -> bool:
+        """What runs ends with `error`, and nothing new begins. False: a step goes on still."""
         if self.sight:
             self.sight.stop(error)
-        self.engine.close(error)
+        return self.engine.close(error)
 
     def close(self, error: TinychatError | None = None) -> None:
         """End what runs with `error` and give the memory back."""
-        self.stop(error)
+        has_ended = self.stop(error)
         if self.sight:
             self.sight.close()
-        if self.engine.close(error):  # else a step is inside the executor: its memory must stay
+        if has_ended:  # else a step is inside the executor: its memory must stay
             self.executor.close()
             self.file.close()
 

@@ -61,7 +61,6 @@ class Sight:
         self._busy = threading.Lock()
         self._kept: OrderedDict[bytes, Seen] = OrderedDict()  # least recently seen first
         self._stopped: TinychatError | None = None
-        self._closed = False
 
     def placeholder_id(self, tokenizer: Tokenizer) -> int:
         """The token that image tokens are counted as; 0 where the family has none."""
@@ -122,11 +121,9 @@ class Sight:
         """May be called again."""
         self.stop()
         with self._busy:
-            if not self._closed:
-                self._closed = True
-                self._encoder.close()
-                self._file.close()
-                self._kept.clear()
+            self._encoder.close()
+            self._file.close()
+            self._kept.clear()
 
 
 def _digest(data: bytes) -> bytes:
