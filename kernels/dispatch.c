@@ -25,9 +25,35 @@ static int has_avx512_vnni(void)
 }
 #endif
 
+#if HAVE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Leaf 7 of cpuid, edx. Linux has a process ask before it uses the tiles: it then keeps room for
+ * them wherever it saves registers. Source: Linux, Documentation/arch/x86/xstate.rst */
+enum { AMX_TILE = 1 << 24, AMX_INT8 = 1 << 25, ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
+
+static int has_amx(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_TILE) && (d & AMX_INT8) &&
+           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+}
+
+/* All but the matrix products is as for AVX-512. */
+static const kernel_table *amx_table(void)
+{
+    static kernel_table table;
+    table = kernels_avx512_vnni;
+    table.isa = linear_amx.isa;
+    table.linear = &linear_amx;
+    return &table;
+}
+#endif
+
 const kernel_table *const *kernel_tables(void)
 {
-    static const kernel_table *tables[4]; /* called with the GIL held, so once at a time */
+    static const kernel_table *tables[5]; /* called with the GIL held, so once at a time */
     int n = 0;
     tables[n++] = &kernels_scalar;
 #if defined(__x86_64__)
@@ -36,6 +62,10 @@ const kernel_table *const *kernel_tables(void)
         tables[n++] = &kernels_avx2;
     if (has_avx512_vnni())
         tables[n++] = &kernels_avx512_vnni;
+#if HAVE_AMX
+    if (has_avx512_vnni() && has_amx())
+        tables[n++] = amx_table();
+#endif
 #endif
     tables[n] = NULL;
     return tables;

@@ -58,7 +58,7 @@ void rare_to_q8_0(int32_t qtype, const int8_t *grid, const uint8_t *src, int64_t
                   uint8_t *out);
 
 typedef struct {
-    const char *isa; /* "scalar" | "avx2" | "avx512_vnni" */
+    const char *isa; /* "scalar" | "avx2" | "avx512_vnni" | "amx_int8" */
 
     /* x float32 (n_cols) -> act (linear_act_bytes(n_cols)); n_cols a multiple of 32 */
     void (*quantize_row)(const float *x, int64_t n_cols, void *act);
@@ -78,6 +78,15 @@ extern const linear_table linear_scalar;
 #if defined(__x86_64__)
 extern const linear_table linear_avx2;        /* needs avx2, fma, f16c */
 extern const linear_table linear_avx512_vnni; /* needs avx512 f, bw, vl, dq, vnni, and the above */
+#endif
+
+/* Linux grants the tiles on request; compilers know them since GCC 11 and clang 12. */
+#if defined(__x86_64__) && defined(__linux__) && \
+    (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define HAVE_AMX 1
+extern const linear_table linear_amx; /* needs amx tile, int8, and the above */
+#else
+#define HAVE_AMX 0
 #endif
 
 #endif

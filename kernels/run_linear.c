@@ -1,10 +1,9 @@
 /* Matrix products: threads claim tiles of a matrix. */
 #include "runner.h"
 
-/* How a product is cut. A claim is a share of the tiles left, at least CLAIM_BYTES of weights for
- * each token, so that claiming costs little; within a claim, TILES_AT_ONCE tiles stay in the cache
- * while TOKENS_AT_ONCE pass by. */
-enum { CLAIM_BYTES = 16384, TILES_AT_ONCE = 8, TOKENS_AT_ONCE = 128 };
+/* A claim is a share of the tiles left, at least CLAIM_BYTES of weights for each token, so that
+ * claiming costs little. */
+enum { CLAIM_BYTES = 16384 };
 
 void run_quantize(runner *r, const program_op *op, int thread)
 {
@@ -26,11 +25,6 @@ void run_linear(runner *r, const program_op *op, int thread)
     const int64_t least = at_least(CLAIM_BYTES / (int64_t)m->tile_bytes / at_least(tokens, 1), 1);
     range tiles;
     while (tokens > 0 && claim(r, op, linear_tiles(m), least, &tiles))
-        for (int64_t tile = tiles.begin; tile < tiles.end; tile += TILES_AT_ONCE)
-            for (int64_t t = 0; t < tokens; t += TOKENS_AT_ONCE)
-                r->table->linear->linear(m, in_row(r, op, 0, t), (size_t)stride * sizeof(float),
-                                         at_most(tokens - t, TOKENS_AT_ONCE), bias,
-                                         out_row(r, op, t), ld, tile,
-                                         at_most(tile + TILES_AT_ONCE, tiles.end));
+        r->table->linear->linear(m, in_row(r, op, 0, 0), (size_t)stride * sizeof(float), tokens,
+                                 bias, out_row(r, op, 0), ld, tiles.begin, tiles.end);
 }
-

@@ -135,6 +135,18 @@ def test_one_token_or_many_and_any_tile_range_give_the_same_bits(level, name):
     assert np.array_equal(np.concatenate(parts, axis=1), together[:9])
 
 
+@pytest.mark.parametrize("level", [level for level in LEVELS if level != "scalar"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_token_has_the_same_bits_wherever_a_long_prompt_is_cut(level, name):
+    rng = np.random.default_rng(9)
+    for n_tokens, n_rows, n_cols in [(263, 33, 1056), (300, 16, 256), (55, 17, 9728)]:
+        n_cols = n_cols_of(name, n_cols)
+        raw = random_weights(name, n_rows, n_cols, rng)
+        x = rng.standard_normal((n_tokens, n_cols)).astype(np.float32)
+        parts = [linear(level, name, raw, x[t:t + 7]) for t in range(0, n_tokens, 7)]
+        assert np.array_equal(linear(level, name, raw, x), np.concatenate(parts))
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_level_gives_the_same_bits(name):
     rng = np.random.default_rng(3)
