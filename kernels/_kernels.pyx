@@ -13,6 +13,7 @@ from kernels cimport *
 
 page_tokens = PAGE_TOKENS
 row_floats = ROW_FLOATS
+kv_types = {"f32": KV_F32, "f16": KV_F16, "q8_0": KV_Q8_0}
 rope_layouts = {"adjacent": ROPE_ADJACENT, "halves": ROPE_HALVES}
 gatings = {"softmax": GATING_SOFTMAX, "sigmoid": GATING_SIGMOID, "chosen": GATING_CHOSEN}
 op_kinds = {op_name(kind).decode(): kind for kind in range(OP_KINDS)}
@@ -102,7 +103,7 @@ cdef class Runner:
 
     def __init__(self, str isa, int threads, *, ops, attentions, routings, mamba2s, delta_nets,
                  list slots, result, int result_slot, list vectors, list matrices, list ropes,
-                 list kv, bint kv_is_f16, list states, int64_t n_vocab, dict sizes):
+                 list kv, str kv_type, list states, int64_t n_vocab, dict sizes):
         if self.is_open:
             raise ValueError("a Runner is made once")
         if threads < 1:
@@ -121,7 +122,7 @@ cdef class Runner:
         self._set_vectors(vectors)
         self._set_matrices(matrices)
         self._set_ropes(ropes)
-        self._set_kv(kv, kv_is_f16)
+        self._set_kv(kv, kv_types[kv_type])
         self._set_states(states)
         self._set_sampling(n_vocab)
         self.r.pool = pool_create(threads)
@@ -202,12 +203,12 @@ cdef class Runner:
             self.r.ropes[i].inv_freq = &inv_freq[0] if inv_freq.shape[0] else NULL
             self.r.ropes[i].axes = &axes[0] if axes is not None and axes.shape[0] else NULL
 
-    cdef _set_kv(self, list kv, bint is_f16):
+    cdef _set_kv(self, list kv, int32_t kv_type):
         self.r.kv = <kv_layer *>_allocate(len(kv), sizeof(kv_layer))
         self.r.n_kv = len(kv)
         for i, (n_head_kv, key_length, value_length, has_reach) in enumerate(kv):
             self.r.kv[i].shape = kv_shape(n_head_kv, key_length, value_length, has_reach)
-            self.r.kv[i].is_f16 = is_f16
+            self.r.kv[i].type = kv_type
 
     cdef _set_states(self, list states):
         self.r.states = <recurrent_state *>_allocate(len(states), sizeof(recurrent_state))

@@ -1,48 +1,6 @@
-/* The KV pages and attention over them: see ops_impl.h. */
+/* Attention over the KV pages: see ops_impl.h. */
 
-/* ---- keys and values ---- */
-
-INLINE uint8_t *key_block(const kv_layer *kv, int64_t page, int64_t kv_head)
-{
-    return kv->keys + (size_t)(page * kv->shape.n_head_kv + kv_head) * kv->key_block_bytes;
-}
-
-INLINE uint8_t *value_block(const kv_layer *kv, int64_t page, int64_t kv_head)
-{
-    return kv->values + (size_t)(page * kv->shape.n_head_kv + kv_head) * kv->value_block_bytes;
-}
-
-INLINE void store_f16(uint16_t *to, int64_t stride, const float *from, int64_t n)
-{
-    uint16_t half[LANES];
-    for (int64_t i = 0; i < n; i += LANES) {
-        const int64_t rest = n - i < LANES ? n - i : LANES;
-        vf_store_f16(half, rest == LANES ? vf_load(from + i) : vf_load_some(from + i, rest));
-        for (int64_t j = 0; j < rest; j++)
-            to[(i + j) * stride] = half[j];
-    }
-}
-
-static void store_kv(const kv_layer *kv, const float *k, const float *v, int32_t page, int32_t slot)
-{
-    const int64_t n_kv = kv->shape.n_head_kv, n_key = kv->shape.key_length,
-                  n_value = kv->shape.value_length;
-    for (int64_t h = 0; h < n_kv; h++, k += n_key, v += n_value) {
-        uint8_t *key = key_block(kv, page, h), *value = value_block(kv, page, h);
-        if (kv->is_f16) {
-            store_f16((uint16_t *)key + slot, PAGE_TOKENS, k, n_key);
-            store_f16((uint16_t *)value + (int64_t)slot * kv->value_stride, 1, v, n_value);
-        } else {
-            for (int64_t i = 0; i < n_key; i++)
-                ((float *)key)[i * PAGE_TOKENS + slot] = k[i];
-            memcpy((float *)value + (int64_t)slot * kv->value_stride, v,
-                   (size_t)n_value * sizeof(float));
-        }
-    }
-}
-
-/* ---- attention ----
- * A row is one query head of one token. Page by page, in order of position, with the online
+/* A row is one query head of one token. Page by page, in order of position, with the online
  * softmax: m the highest score so far, l the sum of exp(score - m) in lanes, o the values weighted
  * alike; a higher m rescales l and o. Several rows take a page at once, so that what is read of it
  * serves them all; what is computed for each is the same as alone. Source: Milakov and Gimelshein,
@@ -273,6 +231,8 @@ static void attend(const attend_block *a, int32_t kv_head, float *o)
 {
     const kv_layer *kv = a->kv;
     const int64_t stride = kv->value_stride;
+    float *page_keys = o + BLOCK_ROWS * stride,
+          *page_values = page_keys + PAGE_TOKENS * (int64_t)kv->shape.key_length;
     row_state states[BLOCK_ROWS];
     int32_t first = INT32_MAX, last = -1;
     for (int r = 0; r < a->n_rows; r++) {
@@ -286,9 +246,14 @@ static void attend(const attend_block *a, int32_t kv_head, float *o)
                       *values = value_block(kv, a->pages[p], kv_head);
         const uint8_t *next =
             p < last / PAGE_TOKENS ? key_block(kv, a->pages[p + 1], kv_head) : keys;
+        if (kv->type == KV_Q8_0) {
+            dequantize_page(kv, keys, values, page_keys, page_values);
+            keys = (const uint8_t *)page_keys;
+            values = (const uint8_t *)page_values;
+        }
         attend_some *run;
         for (int r = 0, n; r < a->n_rows; r += n) {
-            n = next_rows(a->n_rows - r, kv->is_f16, &run);
+            n = next_rows(a->n_rows - r, kv->type == KV_F16, &run);
             run(a, a->rows + r, p, keys, values, next, states + r, o + r * stride);
         }
     }

@@ -48,18 +48,28 @@ static size_t n_blocks(const runner *r, const kv_layer *kv)
            (size_t)(kv->shape.has_reach ? r->n_window_pages : r->n_pages);
 }
 
+/* One KV head's keys or values in a page */
+static size_t page_bytes(int32_t type, int32_t length)
+{
+    const size_t n = PAGE_TOKENS * (size_t)length;
+    if (type != KV_Q8_0)
+        return n * (type == KV_F16 ? 2 : 4);
+    return n + PAGE_TOKENS * sizeof(uint16_t) * (size_t)((length + KV_GROUP - 1) / KV_GROUP);
+}
+
 static int place_kv(runner *r)
 {
     r->kv_bytes = 0;
     for (int64_t i = 0; i < r->n_kv; i++) {
         kv_layer *kv = &r->kv[i];
-        const size_t element = kv->is_f16 ? 2 : 4;
         kv->value_stride = (int32_t)round_up(kv->shape.value_length, ROW_FLOATS);
-        kv->key_block_bytes = element * PAGE_TOKENS * (size_t)kv->shape.key_length;
-        kv->value_block_bytes = element * PAGE_TOKENS * (size_t)kv->value_stride;
+        kv->key_block_bytes = page_bytes(kv->type, kv->shape.key_length);
+        kv->value_block_bytes = page_bytes(kv->type, kv->value_stride);
         r->kv_bytes += (kv->key_block_bytes + kv->value_block_bytes) * n_blocks(r, kv);
+        const int64_t page = kv->type == KV_Q8_0 ? PAGE_TOKENS * (int64_t)kv->shape.key_length : 0,
+                      rows = BLOCK_ROWS + (page ? PAGE_TOKENS : 0);
         r->scratch_floats =
-            (size_t)at_least((int64_t)r->scratch_floats, BLOCK_ROWS * (int64_t)kv->value_stride);
+            (size_t)at_least((int64_t)r->scratch_floats, page + rows * kv->value_stride);
     }
     if (r->kv_bytes && !(r->kv_memory = map_memory(r->kv_bytes)))
         return -1;

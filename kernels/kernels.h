@@ -111,14 +111,20 @@ typedef struct {
     int32_t has_reach; /* 1: its pages are the batch's window_pages */
 } kv_shape;
 
+enum kv_type { KV_F32, KV_F16, KV_Q8_0 };
+
 /* A layer's pages, one after another; in each, one block per KV head:
  *   keys   [key_length][PAGE_TOKENS]   so that a vector holds one dimension of many positions
  *   values [PAGE_TOKENS][value_stride] value_length rounded up to 16; the rest stays zero
- * Elements are float16 or float32. */
+ * KV_Q8_0: elements are int8, and after them come the float16 scales of each KV_GROUP dimensions of
+ * a position, [key_length / KV_GROUP][PAGE_TOKENS] and [PAGE_TOKENS][value_stride / KV_GROUP], both
+ * rounded up. */
+#define KV_GROUP 32
+
 typedef struct {
     kv_shape shape;
     int32_t value_stride;
-    int32_t is_f16;
+    int32_t type; /* enum kv_type */
     size_t key_block_bytes, value_block_bytes; /* one KV head of one page */
     uint8_t *keys, *values;
 } kv_layer;
@@ -175,7 +181,7 @@ typedef struct {
                  int64_t n_rot, int layout, float *out);
     void (*store_kv)(const kv_layer *kv, const float *k, const float *v, int32_t page,
                      int32_t slot);
-    /* scratch: (n_rows, value_stride) */
+    /* scratch: (BLOCK_ROWS, value_stride), for KV_Q8_0 and a page as float32 */
     void (*attend)(const attend_block *block, int32_t kv_head, float *scratch);
     void (*activate)(int fn, const float *x, int64_t n, float *out);
     void (*gate)(int fn, const float *gate, const float *up, int64_t n, float *out);

@@ -51,12 +51,14 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct delta_net_shape:
         pass
 
+    enum: KV_F32, KV_F16, KV_Q8_0
+
     ctypedef struct kv_shape:
         int32_t n_head_kv, key_length, value_length, has_reach
 
     ctypedef struct kv_layer:
         kv_shape shape
-        int32_t is_f16
+        int32_t type
 
     ctypedef struct kernel_table:
         const char *isa

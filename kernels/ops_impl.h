@@ -20,6 +20,7 @@ typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 
 #include "math_impl.h"
 
+#include "kv_impl.h"
 #include "attend_impl.h"
 #include "rows_impl.h"
 #include "mixers_impl.h"

@@ -22,7 +22,8 @@ void run_linear(runner *r, const program_op *op, int thread)
     const float *bias = vector_of(r, op, 1);
     const int64_t tokens = n_rows(r, op), stride = r->slots[op->in[0]].stride,
                   ld = r->slots[op->out].stride;
-    const int64_t least = at_least(CLAIM_BYTES / (int64_t)m->tile_bytes / at_least(tokens, 1), 1);
+    const int64_t least =
+        at_least(CLAIM_BYTES / (int64_t)m->tile_bytes / at_least(tokens, 1), tokens > 1 ? 2 : 1);
     range tiles;
     while (tokens > 0 && claim(r, op, linear_tiles(m), least, &tiles))
         r->table->linear->linear(m, in_row(r, op, 0, 0), (size_t)stride * sizeof(float), tokens,

@@ -119,7 +119,7 @@ SHAPES = [  # n_head, n_head_kv, key_length, value_length, window
 
 
 @every_level
-@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("kv_type", ["q8_0", "f16", "f32"])
 @pytest.mark.parametrize("n_head, n_head_kv, n_key, n_value, window", SHAPES)
 def test_attention_agrees(isa, kv_type, n_head, n_head_kv, n_key, n_value, window):
     rng = np.random.default_rng(n_head)

@@ -70,7 +70,7 @@ SEEN = [  # fields of Heads, runs of spans
 
 
 @every_level
-@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("kv_type", ["q8_0", "f16", "f32"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("fields, runs", SEEN, ids=str)
 def test_attention_agrees(isa, kv_type, shape, fields, runs):
@@ -116,7 +116,7 @@ def test_sinks_and_scores_may_be_extreme(isa):
 
 
 @every_level
-@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("kv_type", ["q8_0", "f16", "f32"])
 def test_what_a_token_does_not_see_may_be_anything(isa, kv_type):
     """NaN in keys and values of other runs, of later tokens, and outside a window."""
     rng, n = np.random.default_rng(1), 96
@@ -217,7 +217,7 @@ def run_in_chunks(executor, tokens, chunk: int, window_pages=None) -> np.ndarray
 
 
 @every_level
-@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("kv_type", ["q8_0", "f16", "f32"])
 @pytest.mark.parametrize("seed", range(4))
 def test_bits_are_the_same_in_chunks_in_a_crowd_and_with_any_number_of_threads(isa, kv_type, seed):
     program, rng = layered_program(seed), np.random.default_rng(seed)

@@ -215,7 +215,7 @@ def test_weights_are_counted_in_float32():
 
 
 def test_an_unknown_cache_type_is_refused():
-    with pytest.raises(KernelError, match="expected kv_type f16 or f32, got 'q8'"):
+    with pytest.raises(KernelError, match="expected kv_type f32, f16, q8_0, got 'q8'"):
         tiny(kv_type="q8")
 
 

@@ -73,6 +73,12 @@ def reach(text: str) -> str:
     return text
 
 
+def kv_type(text: str) -> str:
+    if text not in ("f16", "q8_0", "f32"):
+        raise ValueError
+    return text
+
+
 def _integer(text: str, low: int, high: int) -> int:
     number = int(text)
     if not low <= number <= high:
@@ -80,7 +86,7 @@ def _integer(text: str, low: int, high: int) -> int:
     return number
 
 
-EXPECTED = {count: "a count of at least 1", port: "a port", threads: "1 to 1024 threads",
+EXPECTED = {kv_type: "f16, q8_0 or f32", count: "a count of at least 1", port: "a port", threads: "1 to 1024 threads",
             seconds: f"a number of seconds up to {MAX_SECONDS}",
             patience: f"a number of seconds above 0 and up to {MAX_SECONDS}",
             switch: "on or off", address: "an address", file: "a file's path",
@@ -171,6 +177,8 @@ SETTINGS = (
             "tokens of a chat, never above the model's own limit", "library.default_context_length",
             ("serve", "chat"), ("--context-length",)),
     Setting("parallel", count, 4, "requests that generate at once, per model", "library.parallel"),
+    Setting("kv_type", kv_type, "f16", "how keys and values are kept: f32, f16, or q8_0, which "
+            "takes half of f16's memory", "library.kv_type", ("serve", "chat")),
     Setting("queue_limit", count, 64, "requests that may wait, per model", "library.queue_limit"),
     Setting("jit", switch, True, "load models when they are first asked for", "library.jit"),
     Setting("auto_evict", switch, True, "loading on demand first unloads what was loaded on demand",

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from tinychat.engine.window_pages import n_window_pages_for
 from tinychat.errors import ModelLoadError
-from tinychat.ops.program import PAGE_TOKENS, Program, plan_slots
+from tinychat.ops.program import KV_BYTES, PAGE_TOKENS, Program, plan_slots
 
-KV_BYTES = {"f16": 2, "f32": 4}
 SNAPSHOTS = 2         # of recurrent states that are kept for each request that may run
 HEADROOM = 0.95       # share of the available memory that a load may plan for
 CGROUP = Path("/sys/fs/cgroup")
@@ -102,7 +101,7 @@ def kv_bytes_per_token(program: Program, kv_type: str, with_reach: bool | None =
     """Of all layers, or of those with or without a reach."""
     n_values = sum(h.n_head_kv * (h.key_length + h.value_length) for h in program.kv
                    if with_reach is None or with_reach == (h.reach > 0))
-    return KV_BYTES[kv_type] * n_values
+    return math.ceil(KV_BYTES[kv_type] * n_values)
 
 
 def available_memory() -> int | None:

@@ -13,6 +13,8 @@ from tinychat.gguf_file import QTensor
 from tinychat.ops.program import Heads, Rope
 
 CLAMP, CLAMPED_SLOPE = 7.0, 1.702  # gpt-oss: swiglu_limit, alpha
+KV_GROUP = 32                      # dimensions of a key or value that share a scale
+TINY = np.float32(1e-30)           # a group below it counts as zeros: 127 / it must be finite
 
 
 def dequantize(tensor: QTensor) -> np.ndarray:
@@ -200,6 +202,28 @@ def seen_range(positions: np.ndarray, spans: np.ndarray | None,
         first = np.minimum(first, spans[:, heads.span, 0])
         last = np.maximum(last, spans[:, heads.span, 1])
     return first, last
+
+
+def as_kv(x: np.ndarray, kv_type: str) -> tuple[np.ndarray, ...]:
+    """Keys or values x (..., D) as they are kept: (x,), or for q8_0 int8 codes and float16 scales
+    (..., ceil(D / 32)), x = scale * code with scale = max|x| / 127 of each 32."""
+    if kv_type != "q8_0":
+        return (x.astype(np.float16 if kv_type == "f16" else np.float32),)
+    n = x.shape[-1]
+    groups = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % KV_GROUP)])
+    groups = groups.reshape(*x.shape[:-1], -1, KV_GROUP)
+    high = np.abs(groups).max(axis=-1)
+    inverse = np.where(high <= TINY, np.float32(0), np.float32(127) / np.maximum(high, TINY))
+    codes = np.rint(np.clip(groups * inverse[..., None], -127, 127)).astype(np.int8)
+    return (codes.reshape(*x.shape[:-1], -1)[..., :n],
+            (high / np.float32(127)).astype(np.float16))
+
+
+def of_kv(x: np.ndarray, scales: np.ndarray | None = None) -> np.ndarray:
+    """What as_kv kept, as float32."""
+    if scales is None:
+        return x.astype(np.float32)
+    return x * np.repeat(scales.astype(np.float32), KV_GROUP, axis=-1)[..., :x.shape[-1]]
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, first: np.ndarray, last: np.ndarray,

@@ -13,7 +13,7 @@ from tinychat import _kernels
 from tinychat.errors import KernelError, ModelLoadError
 from tinychat.ops.lowering import lowered_arrays
 from tinychat.ops.batch import Batch, Limits
-from tinychat.ops.program import PAGE_TOKENS, Program
+from tinychat.ops.program import PAGE_TOKENS, Program, check_kv_type
 
 assert _kernels.page_tokens == PAGE_TOKENS, "the kernels were built for another size of page"
 
@@ -104,8 +104,7 @@ class NativeExecutor:
 
     def __init__(self, program: Program, *, kv_type: str = "f16", threads: int | None = None,
                  isa: str | None = None, **limits):
-        if kv_type not in ("f16", "f32"):
-            raise KernelError(f"expected kv_type f16 or f32, got {kv_type!r}")
+        check_kv_type(kv_type)
         self.program, self.limits = program, Limits(**limits).of(program)
         self.isa = choose_isa(isa)
         self.name = f"native {self.isa}"
@@ -121,7 +120,7 @@ class NativeExecutor:
             _check_size(arrays, self.limits)
             self._result = _aligned(self.limits.max_outputs, stride)
             return _kernels.Runner(self.isa, self.threads, **arrays, result=self._result,
-                                   kv_is_f16=kv_type == "f16")
+                                   kv_type=kv_type)
         except ValueError as error:
             raise KernelError(f"{self.program.name}: {error}") from None
         except (MemoryError, OverflowError) as error:

@@ -7,9 +7,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tinychat.errors import KernelError
 from tinychat.gguf_file import QTensor
 
 PAGE_TOKENS = 32  # positions in one KV page; part of the promise that results ignore batching
+KV_BYTES = {"f32": 4, "f16": 2, "q8_0": 34 / 32}  # kinds of keys and values: bytes of each
+
+
+def check_kv_type(kv_type: str) -> None:
+    if kv_type not in KV_BYTES:
+        raise KernelError(f"expected kv_type {', '.join(KV_BYTES)}, got {kv_type!r}")
 
 
 @dataclass(frozen=True)

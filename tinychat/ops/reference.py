@@ -9,25 +9,29 @@ from tinychat.errors import KernelError, ModelLoadError
 from tinychat.ops import meaning, mixers, sampling
 from tinychat.ops.batch import Batch, Limits
 from tinychat.ops.meaning import dequantize
-from tinychat.ops.program import PAGE_TOKENS, Heads, Op, Program, plan_slots
+from tinychat.ops.program import PAGE_TOKENS, Heads, Op, Program, check_kv_type, plan_slots
 
-KV_DTYPES = {"f16": np.float16, "f32": np.float32}
 LOOKED_UP = ("embed", "embed_positions")  # their weights stay as they are stored
 
 
 class KVLayer:
-    """One attention layer's keys and values: (n_pages * PAGE_TOKENS, Hkv, D) each."""
+    """One attention layer's keys and values, arrays of (n_pages * PAGE_TOKENS, Hkv, ...) each: their
+    values, or codes and scales."""
 
-    def __init__(self, heads: Heads, limits: Limits, dtype):
-        self.has_reach = heads.reach > 0
+    def __init__(self, heads: Heads, limits: Limits, kv_type: str):
+        self.has_reach, self.kv_type = heads.reach > 0, kv_type
         n_slots = (limits.n_window_pages if self.has_reach else limits.n_pages) * PAGE_TOKENS
-        self.k = np.zeros((n_slots, heads.n_head_kv, heads.key_length), dtype)
-        self.v = np.zeros((n_slots, heads.n_head_kv, heads.value_length), dtype)
+        self.k, self.v = (
+            tuple(np.zeros((n_slots, *array.shape[1:]), array.dtype)
+                  for array in meaning.as_kv(np.zeros((1, heads.n_head_kv, n), np.float32), kv_type))
+            for n in (heads.key_length, heads.value_length))
 
     def store(self, k: np.ndarray, v: np.ndarray, batch: Batch) -> None:
         slots = self._slots(batch, batch.sequences, batch.positions)
-        self.k[slots] = k.reshape(len(k), *self.k.shape[1:])
-        self.v[slots] = v.reshape(len(v), *self.v.shape[1:])
+        for x, arrays in ((k, self.k), (v, self.v)):
+            x = x.reshape(len(x), *arrays[0].shape[1:])
+            for array, stored in zip(arrays, meaning.as_kv(x, self.kv_type)):
+                array[slots] = stored
 
     def attend(self, q: np.ndarray, batch: Batch, heads: Heads,
                sinks: np.ndarray | None = None) -> np.ndarray:
@@ -38,7 +42,8 @@ class KVLayer:
             first, last = meaning.seen_range(batch.positions[rows], spans, heads)
             begin = first.min()
             slots = self._slots(batch, sequence, np.arange(begin, last.max() + 1))
-            k, v = self.k[slots].astype(np.float32), self.v[slots].astype(np.float32)
+            k, v = (meaning.of_kv(*(array[slots] for array in arrays))
+                    for arrays in (self.k, self.v))
             out[rows] = meaning.attend(q[rows], k, v, first - begin, last - begin, heads, sinks)
         return out
 
@@ -54,7 +59,7 @@ class ReferenceExecutor:
     Every matrix is held dequantised: 4 bytes a weight, so a Q4 model takes seven times its file.
     BLAS may round a batch otherwise than a single token: bit-identical results whatever the batch
     are the native executor's promise, not this one's.
-    limits: as `Limits` has them. kv_type: "f16" or "f32".
+    limits: as `Limits` has them. kv_type: a key of KV_BYTES.
     Raises: ModelFileError when a weight's type cannot be dequantised, ModelLoadError when there
     is no memory for it.
     """
@@ -64,15 +69,14 @@ class ReferenceExecutor:
     def __init__(self, program: Program, *, kv_type: str = "f16", threads: int | None = None,
                  isa: str | None = None, **limits):
         """threads, isa: for the native executor; NumPy decides here."""
-        if kv_type not in KV_DTYPES:
-            raise KernelError(f"expected kv_type {' or '.join(KV_DTYPES)}, got {kv_type!r}")
+        check_kv_type(kv_type)
         self.program, self.limits = program, Limits(**limits).of(program)
         self._slot_of, widths = plan_slots(program)
         self._slots: list[np.ndarray | None] = [None] * len(widths)
         try:
             self._weights = {id(w): dequantize(w) for op in program.ops
                              if op.name not in LOOKED_UP for w in op.weights}
-            self._kv = [KVLayer(heads, self.limits, KV_DTYPES[kv_type]) for heads in program.kv]
+            self._kv = [KVLayer(heads, self.limits, kv_type) for heads in program.kv]
             self._states = [np.zeros((self.limits.n_states, n), np.float32)
                             for n in program.states]
         except MemoryError as error:
@@ -81,7 +85,7 @@ class ReferenceExecutor:
 
     @property
     def kv_bytes(self) -> int:
-        return sum(layer.k.nbytes + layer.v.nbytes for layer in self._kv)
+        return sum(array.nbytes for layer in self._kv for array in (*layer.k, *layer.v))
 
     @property
     def state_bytes(self) -> int:
