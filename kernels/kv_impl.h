@@ -85,36 +85,33 @@ static void store_kv(const kv_layer *kv, const float *k, const float *v, int32_t
     }
 }
 
-typedef int8_t vb __attribute__((vector_size(LANES)));
-
-INLINE vf vf_load_i8(const int8_t *x)
+/* The scales of group g of a block in a page */
+INLINE void load_scales(const uint8_t *block, int64_t length, int64_t g, float *scale)
 {
-    vb bytes;
-    memcpy(&bytes, x, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
+    for (int64_t j = 0; j < PAGE_TOKENS; j += LANES)
+        vf_store(scale + j, vf_load_f16(scales_of(block, length) + g * PAGE_TOKENS + j));
 }
 
 /* A page of int8 as float32, laid out alike: keys (key_length, PAGE_TOKENS), values (PAGE_TOKENS,
  * value_stride) */
 static void dequantize_page(const kv_layer *kv, const uint8_t *keys, const uint8_t *values,
-                            float *key_out, float *value_out)
+                            float *restrict key_out, float *restrict value_out)
 {
     const int64_t n_key = kv->shape.key_length, stride = kv->value_stride;
     const int8_t *codes = (const int8_t *)keys;
-    for (int64_t i = 0; i < n_key; i++)
-        for (int64_t j = i * PAGE_TOKENS; j < (i + 1) * PAGE_TOKENS; j += LANES)
-            vf_store(key_out + j, vf_load_i8(codes + j) *
-                                      vf_load_f16(scales_of(keys, n_key) +
-                                                  i / KV_GROUP * PAGE_TOKENS + j % PAGE_TOKENS));
-    codes = (const int8_t *)values;
-    for (int64_t c = 0; c < stride; c += KV_GROUP) {
-        float scale[PAGE_TOKENS];
-        for (int64_t j = 0; j < PAGE_TOKENS; j += LANES)
-            vf_store(scale + j, vf_load_f16(scales_of(values, stride) +
-                                            c / KV_GROUP * PAGE_TOKENS + j));
-        const int64_t end = c + KV_GROUP < stride ? c + KV_GROUP : stride;
+    float scale[PAGE_TOKENS];
+    for (int64_t i = 0; i < n_key; i++) {
+        if (i % KV_GROUP == 0)
+            load_scales(keys, n_key, i / KV_GROUP, scale);
         for (int64_t slot = 0; slot < PAGE_TOKENS; slot++)
-            for (int64_t j = slot * stride + c; j < slot * stride + end; j += LANES)
-                vf_store(value_out + j, vf_load_i8(codes + j) * scale[slot]);
+            key_out[i * PAGE_TOKENS + slot] = (float)codes[i * PAGE_TOKENS + slot] * scale[slot];
+    }
+    codes = (const int8_t *)values;
+    for (int64_t c = 0; c < stride; c += 16) { /* a stride is a multiple of 16 */
+        if (c % KV_GROUP == 0)
+            load_scales(values, stride, c / KV_GROUP, scale);
+        for (int64_t slot = 0; slot < PAGE_TOKENS; slot++)
+            for (int64_t j = slot * stride + c; j < slot * stride + c + 16; j++)
+                value_out[j] = (float)codes[j] * scale[slot];
     }
 }
