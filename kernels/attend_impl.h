@@ -27,7 +27,7 @@ INLINE vf load_kv(const uint8_t *block, int64_t i, const int is_f16)
 INLINE void score_page(const uint8_t *keys, const attend_row *rows, int64_t n_key, const int n,
                        const int is_f16, const uint8_t *next, vf scores[ROWS_AT_ONCE][PAGE_VECTORS])
 {
-    const int some = n * PAGE_VECTORS <= 8 ? PAGE_VECTORS : n == 2 ? 4 : 2;
+    const int some = n * PAGE_VECTORS <= SUMS ? PAGE_VECTORS : n * 4 <= SUMS ? 4 : 2;
     for (int at = 0; at < PAGE_VECTORS; at += some) {
         vf sum[ROWS_AT_ONCE][PAGE_VECTORS];
 #pragma GCC unroll 8
@@ -133,7 +133,7 @@ INLINE void weigh_columns(const uint8_t *values, int64_t stride, int64_t c, int 
 INLINE void weigh_page(const uint8_t *values, int64_t stride, const row_state *states, const int n,
                        const int is_f16, const uint8_t *next, float *o)
 {
-    const int some = n <= (LANES == 16 ? 4 : 2) ? 4 : 2, lo = states->lo, hi = states->hi;
+    const int some = n * 4 <= SUMS ? 4 : 2, lo = states->lo, hi = states->hi;
     int64_t c = 0;
     for (; c + some * LANES <= stride; c += some * LANES)
         weigh_columns(values, stride, c, lo, hi, states, n, some, is_f16, next, o);

@@ -7,12 +7,12 @@
 typedef __m512i vint;
 typedef __m512 vfloat;
 
-enum { LANES = 16, CODES_SIGNED = 0 };
+enum { LANES = 16, SIGNED_FROM = 256 }; /* never */
 
 #define vi_load(p) _mm512_loadu_si512(p)
 #define vi_and _mm512_and_si512
 #define vi_or _mm512_or_si512
-#define vi_xor _mm512_xor_si512
+#define vi_sub8 _mm512_sub_epi8
 #define vi_set8(c) _mm512_set1_epi8(c)
 #define vi_set16(c) _mm512_set1_epi16(c)
 #define vi_set32(c) _mm512_set1_epi32(c)

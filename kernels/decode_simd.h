@@ -1,16 +1,16 @@
 /* The codes and scales of a tile's blocks as vectors, written once over the few operations that an
  * instruction set file defines before it includes this.
  *
- * LANES rows at a time: 16, a whole tile, or 8, one of the two PARTS of a tile. What it needs:
+ * LANES rows at a time: 16, a whole tile, or 8 or 4, one of the PARTS of a tile. What it needs:
  *   vint, vfloat            LANES groups of 4 bytes / LANES floats
  *   vi_load(p)  vi_set8 set16 set32(c)
- *   vi_and or xor(a, b)  vi_left16 right16 left32 right32(a, constant)
+ *   vi_and or(a, b)  vi_sub8(a, b)  vi_left16 right16 left32 right32(a, constant)
  *   vi_lookup(table, i)     table: vi_table(16 bytes), i: bytes below 16
  *   vi_add16 add32 mul16(a, b)  vi_madd16(a, b): int32 lanes of a0*b0 + a1*b1
  *   vi_pairs_u8 s8(p)       2 * LANES bytes -> int16      vi_u16(p): LANES uint16 -> int32
  *   vf_load f16 bf16 e8m0(p)  vf_of_i32(a)  vf_mul add(a, b)  vf_store(p, a)
  *   sub_scales, make_sub(kind, int16 pairs)   sub-scales as its dot_sub wants them
- *   CODES_SIGNED            codes of offset 128 are wanted as int8 with offset 0
+ *   SIGNED_FROM             codes of at least this offset are wanted as int8, less the offset
  */
 #include "formats.h"
 
@@ -28,18 +28,18 @@ enum { PARTS = TILE_ROWS / LANES, PART_BYTES = 4 * LANES };
 
 /* ---- codes ---- */
 
-INLINE int is_wide(int kind) { return formats[kind].offset == 128; }
+INLINE int is_signed(int kind) { return formats[kind].offset >= SIGNED_FROM; }
 INLINE int has_fifth_bit(int kind) { return kind == Q5_0 || kind == Q5_1 || kind == Q5_K; }
 
 INLINE vint as_wanted(int kind, vint w)
 {
-    return CODES_SIGNED && is_wide(kind) ? vi_xor(w, vi_set8((char)0x80)) : w;
+    return is_signed(kind) ? vi_sub8(w, vi_set8((char)formats[kind].offset)) : w;
 }
 
-INLINE void decode_bytes(int kind, const uint8_t *p, vint *w)
+INLINE void decode_bytes(const uint8_t *p, vint *w)
 {
     for (int g = 0; g < 8; g++)
-        w[g] = as_wanted(kind, vi_load(p + 64 * g));
+        w[g] = vi_load(p + 64 * g);
 }
 
 INLINE void decode_nibbles(const uint8_t *p, vint *w)
@@ -116,7 +116,7 @@ INLINE void add_third_bits(const uint8_t *p, vint *w)
 INLINE void decode(int kind, const uint8_t *p, vint *w)
 {
     if (kind == Q8_0) {
-        decode_bytes(kind, p, w);
+        decode_bytes(p, w);
     } else if (kind == Q2_K || kind == Q3_K) {
         decode_twos(p, w);
         if (kind == Q3_K)
@@ -127,9 +127,12 @@ INLINE void decode(int kind, const uint8_t *p, vint *w)
             add_fifth_bits(p + 256, w);
         if (kind == Q6_K)
             add_high_twos(p + 256, w);
-        if (kind == IQ4_NL || kind == IQ4_XS || kind == MXFP4)
-            look_up(kind, w);
     }
+    if (kind == IQ4_NL || kind == IQ4_XS || kind == MXFP4)
+        look_up(kind, w);
+    else
+        for (int g = 0; g < 8; g++)
+            w[g] = as_wanted(kind, w[g]);
 }
 
 /* ---- scales ---- */

@@ -25,6 +25,29 @@ static int has_avx512_vnni(void)
 }
 #endif
 
+#if HAVE_NEON_DOTPROD
+#if defined(__linux__)
+#include <sys/auxv.h>
+
+static int has_dotprod(void)
+{
+    enum { ASIMDDP = 1 << 20 }; /* HWCAP_ASIMDDP, which older headers do not have */
+    return (getauxval(AT_HWCAP) & ASIMDDP) != 0;
+}
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+
+static int has_dotprod(void)
+{
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0) == 0 && has;
+}
+#else
+static int has_dotprod(void) { return 0; }
+#endif
+#endif
+
 #if HAVE_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -66,6 +89,10 @@ const kernel_table *const *kernel_tables(void)
     if (has_avx512_vnni() && has_amx())
         tables[n++] = amx_table();
 #endif
+#endif
+#if HAVE_NEON_DOTPROD
+    if (has_dotprod())
+        tables[n++] = &kernels_neon_dotprod;
 #endif
     tables[n] = NULL;
     return tables;

@@ -210,6 +210,9 @@ extern const kernel_table kernels_scalar;
 extern const kernel_table kernels_avx2;
 extern const kernel_table kernels_avx512_vnni;
 #endif
+#if HAVE_NEON_DOTPROD
+extern const kernel_table kernels_neon_dotprod;
+#endif
 
 /* ---- dispatch.c ---- */
 

@@ -58,7 +58,7 @@ void rare_to_q8_0(int32_t qtype, const int8_t *grid, const uint8_t *src, int64_t
                   uint8_t *out);
 
 typedef struct {
-    const char *isa; /* "scalar" | "avx2" | "avx512_vnni" | "amx_int8" */
+    const char *isa; /* "scalar" | "avx2" | "avx512_vnni" | "amx_int8" | "neon_dotprod" */
 
     /* x float32 (n_cols) -> act (linear_act_bytes(n_cols)); n_cols a multiple of 32 */
     void (*quantize_row)(const float *x, int64_t n_cols, void *act);
@@ -78,6 +78,16 @@ extern const linear_table linear_scalar;
 #if defined(__x86_64__)
 extern const linear_table linear_avx2;        /* needs avx2, fma, f16c */
 extern const linear_table linear_avx512_vnni; /* needs avx512 f, bw, vl, dq, vnni, and the above */
+#endif
+
+/* Compilers know the instructions where the build's own target does not name them since GCC 8 and
+ * clang 16. */
+#if defined(__aarch64__) && (defined(__ARM_FEATURE_DOTPROD) || \
+    (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 8))
+#define HAVE_NEON_DOTPROD 1
+extern const linear_table linear_neon_dotprod; /* needs asimddp */
+#else
+#define HAVE_NEON_DOTPROD 0
 #endif
 
 /* Linux grants the tiles on request; compilers know them since GCC 11 and clang 12. */

@@ -17,13 +17,13 @@
 typedef __m256i vint;
 typedef __m256 vfloat;
 
-enum { LANES = 8, CODES_SIGNED = 1, MAX_TOKENS = 4, FLOAT_TOKENS = 4, FLOAT_TILES = 4,
+enum { LANES = 8, SIGNED_FROM = 128, MAX_TOKENS = 4, FLOAT_TOKENS = 4, FLOAT_TILES = 4,
        TOKENS_TILES = 1 };
 
 #define vi_load(p) _mm256_loadu_si256((const __m256i *)(p))
 #define vi_and _mm256_and_si256
 #define vi_or _mm256_or_si256
-#define vi_xor _mm256_xor_si256
+#define vi_sub8 _mm256_sub_epi8
 #define vi_set8(c) _mm256_set1_epi8(c)
 #define vi_set16(c) _mm256_set1_epi16(c)
 #define vi_set32(c) _mm256_set1_epi32(c)

@@ -22,7 +22,7 @@ INLINE vfloat add_block(int kind, const vint *w, const block_scales *b, const ac
 {
     const vfloat dx = vf_splat(&x->d);
     const int form = formats[kind].form;
-    const int has_offset = formats[kind].offset != 0 && !(CODES_SIGNED && is_wide(kind));
+    const int has_offset = formats[kind].offset != 0 && !is_signed(kind);
     const vint start = has_offset ? vi_madd16(b->offset, vi_splat32(x->sum16)) : vi_set32(0);
     if (form == FORM_SUB || form == FORM_SUB_MIN) {
         vfloat sum = vf_of_i32(dot_sub(kind, w, x->q, b->sub, start));

@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #define LANES 8
+#define SUMS 8
 typedef float vf __attribute__((vector_size(32)));
 
 static inline vf vf_set(float x) { return (vf)_mm256_set1_ps(x); }

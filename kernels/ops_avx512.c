@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #define LANES 16
+#define SUMS 16
 typedef float vf __attribute__((vector_size(64)));
 
 static inline vf vf_set(float x) { return (vf)_mm512_set1_ps(x); }

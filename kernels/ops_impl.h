@@ -1,8 +1,9 @@
 /* Everything between the matrix products, written once and compiled once per instruction set.
  *
- * The including file gives LANES (4, 8 or 16), the vector type vf of that many floats, and vf_load,
- * vf_store, vf_set, vf_fma (a * b + c), vf_max, lanes_max, vf_any_above (whether any lane of a is
- * above that of b), vf_load_f16, vf_store_f16; then KERNELS, the name of the table, and ISA, LINEAR.
+ * The including file gives LANES (4, 8 or 16), SUMS (how many vectors of sums stay in registers
+ * beside what is added: 8 or 16), the vector type vf of LANES floats, and vf_load, vf_store,
+ * vf_set, vf_fma (a * b + c), vf_max, lanes_max, vf_any_above (whether any lane of a is above that
+ * of b), vf_load_f16, vf_store_f16; then KERNELS, the name of the table, and ISA, LINEAR.
  *
  * What is computed for one token is the same, operation by operation, whatever else is in the step.
  * Sums run in LANES fixed lanes that are added at the end in a fixed order. Plain loops are left to

@@ -6,6 +6,7 @@
 #include "formats.h"
 
 #define LANES 4
+#define SUMS 8
 typedef float vf __attribute__((vector_size(16)));
 
 static inline vf vf_set(float x) { return (vf){x, x, x, x}; }

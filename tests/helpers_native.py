@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from helpers_neon import ISA as NEON, EmulatedExecutor
 from helpers_program import batch
 from tinychat.ops import native
 from tinychat.ops.batch import Batch
@@ -23,10 +24,12 @@ every_level = pytest.mark.parametrize("isa", ISA_LEVELS)
 
 
 def executor_of(program, isa=None, **limits) -> NativeExecutor:
+    limits = {"n_pages": 8, "threads": 2, "kv_type": "f32", **limits}
+    if isa == NEON and isa not in native.isa_levels():
+        return EmulatedExecutor(program, **limits)
     if isa is not None and isa not in native.isa_levels():
         pytest.skip(f"this machine has no {isa}")
-    return NativeExecutor(
-        program, isa=isa, **{"n_pages": 8, "threads": 2, "kv_type": "f32", **limits})
+    return NativeExecutor(program, isa=isa, **limits)
 
 
 def normal(rng, *shape, scale=1.0):
