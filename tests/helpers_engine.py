@@ -21,12 +21,14 @@ WAIT_S = 20.0  # bound of every wait; nothing takes that long
 
 
 class FakeExecutor:
-    """`before_step(batch)`, when set, runs on the engine's thread and may raise."""
+    """`before_step(batch)`, when set, runs on the engine's thread and may raise. after: the logits
+    float32 (N_VOCAB,) after a list of ids; None: logits_after."""
 
     name = "fake"
 
     def __init__(self, *, n_pages=64, window=0, states=(), input_width=0, n_axes=0, n_spans=0,
-                 **limits):
+                 after=None, **limits):
+        self.after = after or logits_after
         self.program = SimpleNamespace(n_vocab=N_VOCAB, n_ids=N_VOCAB, window=window, states=states,
                                        input_width=input_width, n_axes=n_axes, n_spans=n_spans)
         self.limits = Limits(n_pages, **limits).of(self.program)
@@ -68,7 +70,7 @@ class FakeExecutor:
             pages = batch.window_pages[batch.sequences[i], position // PAGE_TOKENS]
             seen = self.seen[pages, position % PAGE_TOKENS].tolist()
             assert seen == ids[-self.program.window:], "the window holds other tokens"
-        return logits_after(ids)
+        return self.after(ids)
 
     def _take_in(self, batch: Batch) -> None:
         for s, position, token in zip(batch.sequences, batch.positions, batch.tokens):

@@ -21,12 +21,15 @@ from tinychat.ops.program import PAGE_TOKENS
 
 @pytest.fixture
 def start():
-    """start(n_ctx=..., executor=..., pages=..., **engine settings) -> engine, closed at the end."""
+    """start(n_ctx=..., executor=..., pages=..., **engine settings) -> engine, closed at the end.
+
+    Without prompt lookup: whether guesses take part depends on time, and here steps are counted.
+    """
     engines = []
 
     def start(*, n_ctx=512, executor=None, n_pages=64, **settings):
         executor = executor or FakeExecutor(n_pages=n_pages)
-        engine = Engine(executor, n_ctx=n_ctx, **settings)
+        engine = Engine(executor, n_ctx=n_ctx, prompt_lookup=False, **settings)
         engines.append(engine)
         engine.fake = executor
         return engine

@@ -93,6 +93,9 @@ def test_metrics_count_requests_tokens_pages_and_loads(serve, tmp_path):
     }.items():
         assert now[sample] == value, sample
     assert now['tinychat_kv_pages{model="qwen",state="free"}'] > 0
+    drafted, accepted = (now[f'tinychat_draft_tokens_total{{model="qwen",kind="{kind}"}}']
+                         for kind in ("drafted", "accepted"))
+    assert drafted >= accepted >= 0
     assert now['tinychat_model_load_seconds_total{model="qwen"}'] > 0
     assert now['tinychat_model_memory_bytes{model="qwen"}'] > 100_000
 

@@ -37,7 +37,8 @@ def load(name: Name, *, context_length: int | None = None, store: str | os.PathL
 
     context_length: tokens of prompt and answer together; None: 4096, or the model's own when less.
     store: where chats are kept for `previous_response_id`, a file or ":memory:".
-    options: parallel, queue_limit, kv_type ("f16", "q8_0", "f32"), threads, home; see `Library`.
+    options: parallel, queue_limit, kv_type ("f16", "q8_0", "f32"), threads, prompt_lookup, home;
+    see `Library`.
     Raises: ModelNotFound, ModelFileError, ModelLoadError.
     """
     with ExitStack() as undo:

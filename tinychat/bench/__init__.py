@@ -38,7 +38,7 @@ def run(name: str, *, n_prompt: int, n_generate: int, n_runs: int, threads: int 
     Raises: TinychatError.
     """
     ours, rivals = [], []
-    with Library(threads=threads, parallel=1) as library:
+    with Library(threads=threads, parallel=1, prompt_lookup=False) as library:  # one token a step
         entry = library.resolve(name)
         if entry.type != "llm":
             raise InvalidRequest(f"{entry.key} is an embedding model: it decodes nothing")

@@ -75,7 +75,7 @@ class Embedder:
     @property
     def stats(self) -> Stats:
         pages = self._executor.limits.n_pages
-        return Stats(self._n_tokens, 0, 0, self._n_steps, 0, 0, 0, pages, pages)
+        return Stats(self._n_tokens, 0, 0, self._n_steps, 0, 0, 0, 0, 0, pages, pages)
 
     def close(self, error: TinychatError | None = None) -> bool:
         """After the step that runs; later calls raise `error`. True: the executor may be closed."""

@@ -10,7 +10,7 @@ from tinychat.engine.sequence import Sequence
 from tinychat.ops.batch import Batch
 from tinychat.ops.program import PAGE_TOKENS, Program
 
-Work = list[tuple[Sequence, int]]  # sequences and how many of their next tokens to compute
+Work = list[tuple[Sequence, int]]  # sequences and how many of their next tokens, or guesses
 FIRST_CUT = 512  # tokens, a multiple of PAGE_TOKENS
 
 
@@ -86,12 +86,13 @@ class StepArrays:
         return Lease(self.pages[slot], window_row, slot, whole)
 
     def fill(self, work: Work, *, all_rows: bool = False) -> Batch:
-        """Results are wanted where nothing remains pending; with `all_rows`, everywhere."""
+        """Results are wanted where nothing remains pending, and of guesses behind; with `all_rows`,
+        everywhere."""
         end = n_outputs = 0
         for seq, n in work:
             begin, end = end, end + n
             self._put(seq, n, begin)
-            wanted = n if all_rows else int(n == seq.n_pending)
+            wanted = n if all_rows else max(0, n - seq.n_pending + 1)
             for i in range(end - wanted, end):
                 self.outputs[n_outputs] = i
                 n_outputs += 1

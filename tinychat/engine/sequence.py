@@ -9,6 +9,7 @@ import numpy as np
 
 from tinychat.engine.images import PlacedImage, axes_of, both_ways, keys_of
 from tinychat.engine.kv_cache import Lease
+from tinychat.engine.lookup import Lookup
 from tinychat.engine.sampler import Sampler
 from tinychat.errors import TinychatError
 
@@ -56,8 +57,9 @@ class Sequence:
     """The submitter reads `id`, `n_prompt`, `n_cached` (final at PromptDone) and `updates()`.
 
     The rest belongs to the engine. The tokens are `ids[:n_tokens]`, prompt first; keys and values
-    of the first `n_done` are computed. There will never be more than len(ids) tokens. In `keys` the
-    tokens of images are told apart by what was seen.
+    of the first `n_done` are computed. There will never be more than len(ids) tokens; what stands
+    behind n_tokens are guesses at most. In `keys` the tokens of images are told apart by what was
+    seen.
     """
 
     def __init__(self, prompt: np.ndarray, *, sampler: Sampler, max_tokens: int | None,
@@ -89,6 +91,7 @@ class Sequence:
         self.finished: Finished | None = None
         self.lease: Lease | None = None  # while it runs
         self.slot = -1                   # its row of the page table, while it runs
+        self.lookup: Lookup | None = None  # once it is worth guessing
         self.t_submitted = self.t_started = self.t_prompt_done = time.perf_counter()
         self._updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
 
@@ -123,6 +126,8 @@ class Sequence:
         """Add a sampled token; returns the reason when it is the last."""
         self.ids[self.n_tokens] = self.keys[self.n_tokens] = id
         self.n_tokens += 1
+        if self.lookup:
+            self.lookup.add(id)
         if id in self.stop_ids:
             return "stop"
         return self.full_reason if self.n_tokens == len(self.ids) else None

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tinychat.engine.drafting import Drafter
 from tinychat.engine.kv_cache import KVCache
 from tinychat.engine.scheduler import StepArrays, Work, next_cut, plan_step
 from tinychat.engine.sequence import (
@@ -34,14 +35,17 @@ class Stepper:
     Raises: InvalidRequest when the executor is too small.
     """
 
-    def __init__(self, executor, *, n_ctx: int, parallel: int, chunk: int):
+    def __init__(self, executor, *, n_ctx: int, parallel: int, chunk: int, prompt_lookup: bool):
         _check_limits(executor, n_ctx=n_ctx, parallel=parallel, chunk=chunk)
         self.executor = executor
         self.cache = _make_cache(executor, parallel + 1)
         self.running: list[Sequence] = []
         self.n_prefilled = self.n_reused = self.n_generated = self.n_steps = self.n_preempted = 0
+        self.n_drafted = self.n_accepted = 0
         self._chunk = min(chunk, executor.limits.max_tokens)
         self._has_states = bool(executor.program.states)
+        self.drafter = Drafter(min(executor.limits.max_tokens, executor.limits.max_outputs)) \
+            if prompt_lookup and not self._has_states else None  # a state cannot be cut back
         self._arrays = StepArrays(executor.program, max_tokens=executor.limits.max_tokens,
                                   n_slots=parallel + 1, n_ctx=n_ctx)
         self._free_slots = list(range(parallel))
@@ -84,18 +88,23 @@ class Stepper:
         for seq, n in work:
             while seq.lease and not self.cache.grow(seq.lease, seq.n_done + n):
                 preempted.append(self._preempt())  # the oldest never: alone it fits
-        return [(seq, n) for seq, n in work if seq.lease], preempted
+        work = [(seq, n) for seq, n in work if seq.lease]
+        return self._with_guesses(work), preempted
 
     def run(self, work: Work) -> None:
         """One step of the executor, and all that follows. Raises: whatever the executor does."""
+        start = time.perf_counter()
         logits = self.executor.step(self._arrays.fill(work))
         now = time.perf_counter()
         self.n_steps += 1
+        if self.drafter and all(seq.generating for seq, _ in work):
+            self.drafter.times.add(sum(n for _, n in work), now - start)
         row = 0
         for seq, n in work:
-            if self._advance(seq, n, now):
-                self._sample(seq, logits[row])
-                row += 1
+            n_guesses = max(0, n - seq.n_pending)
+            if self._advance(seq, n - n_guesses, now):
+                self._sample(seq, logits[row:row + 1 + n_guesses], now)
+                row += 1 + n_guesses
 
     def logits(self, seq: Sequence, between_steps: Callable[[], None]) -> np.ndarray | None:
         """float32 (n_prompt, n_vocab) of a sequence that does not run; None for want of pages.
@@ -130,6 +139,16 @@ class Stepper:
         if not seq.preempted:
             seq.n_cached += n_done - seq.n_done
         seq.n_done = n_done
+
+    def _with_guesses(self, work: Work) -> Work:
+        """Guesses take part where they pay, unless they would delay a prompt that is under way."""
+        if not (self.drafter and work and all(seq.generating for seq in self.running)):
+            return work
+        work = self.drafter.extend(work)
+        for seq, n in work:
+            self.cache.grow(seq.lease, seq.n_done + n)  # these pages are promised
+            self.n_drafted += n - 1
+        return work
 
     def _preempt(self) -> Sequence:
         seq = self.running[-1]
@@ -168,17 +187,34 @@ class Stepper:
         seq.t_prompt_done = now
         seq.put(PromptDone(now))
 
-    def _sample(self, seq: Sequence, logits: np.ndarray) -> None:
+    def _sample(self, seq: Sequence, rows: np.ndarray, now: float) -> None:
+        """A token of each row, up to the first that is not the one guessed: what was computed
+        behind a wrong guess means nothing, and is written over.
+
+        rows: float32 (1 + guesses, n_vocab).
+        """
+        for i, logits in enumerate(rows):
+            if i:  # as if a step of its own had computed the guess
+                self.n_accepted += 1
+                seq.lookup.credit += 1
+                self._advance(seq, 1, now)
+            guess = seq.ids[seq.n_tokens]
+            if self._take(seq, logits) != guess or seq.finished or seq.cancelled:
+                return
+
+    def _take(self, seq: Sequence, logits: np.ndarray) -> int | None:
+        """The sequence's next token; None where there is none to be had."""
         try:
             id = seq.sampler.next(self.executor, logits, seq.recent_ids())
         except TinychatError as error:  # its own numbers are broken, the others' are not
             self.end(seq, "error", error)
-            return
+            return None
         self.n_generated += 1
         reason = seq.append(id)
         seq.put(Token(id, time.perf_counter()))  # choosing it is part of its time
         if reason:
             self.end(seq, reason)
+        return id
 
 
 def _make_cache(executor, n_slots: int) -> KVCache:

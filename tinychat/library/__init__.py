@@ -39,6 +39,7 @@ class Library:
 
     extra: files or folders with models beside those in `home/models`.
     jit, auto_evict, default_ttl_seconds (0: for ever): the contract's, for loads on demand.
+    prompt_lookup: whether texts that repeat themselves are made faster by guesses; see `Engine`.
     A request holds its model with `acquire` and `release`, or `use`: whatever takes its place, or
     finds it idle, waits for that.
     """
@@ -46,10 +47,12 @@ class Library:
     def __init__(self, *, home: Path | None = None, default_context_length: int = 4096,
                  parallel: int = 4, queue_limit: int = 64, kv_type: str = "f16",
                  threads: int | None = None, jit: bool = True, auto_evict: bool = True,
-                 default_ttl_seconds: float = 3600, extra: list[Path] = ()):
+                 default_ttl_seconds: float = 3600, prompt_lookup: bool = True,
+                 extra: list[Path] = ()):
         self.home = Path(home) if home else data_folder()
         self.jit = jit
-        self._memory = Residents(LoadSettings(parallel, queue_limit, kv_type, threads),
+        self._memory = Residents(LoadSettings(parallel, queue_limit, kv_type, threads,
+                                              prompt_lookup=prompt_lookup),
                                  default_context_length=default_context_length,
                                  auto_evict=auto_evict, default_ttl_s=default_ttl_seconds)
         for path in extra:

@@ -39,6 +39,7 @@ class LoadSettings:
     """What the loads of a library share. threads None: as many as this process has cores.
 
     eval_batch_size: prompt tokens of one step, which the instance caps at its context.
+    prompt_lookup: see `Engine`.
     """
 
     parallel: int = 4
@@ -46,6 +47,7 @@ class LoadSettings:
     kv_type: str = "f16"
     threads: int | None = None
     eval_batch_size: int = CHUNK
+    prompt_lookup: bool = True
 
     def step_tokens(self, n_ctx: int, program: Program) -> int:
         """The most of one step: a chunk of prompts, or a token of each running request; where
@@ -184,8 +186,10 @@ def _engine(undo: ExitStack, file, program, n_ctx, settings, memory):
         max_sequences=max(MIN_SLOTS, settings.parallel + 1),
         kv_type=settings.kv_type, threads=settings.threads)
     undo.callback(executor.close)
+    lookup = settings.prompt_lookup and why_reference() is None  # NumPy may round a batch otherwise
     engine = Engine(executor, n_ctx=n_ctx, parallel=settings.parallel,
-                    queue_limit=settings.queue_limit, chunk=min(settings.eval_batch_size, n_ctx))
+                    queue_limit=settings.queue_limit, chunk=min(settings.eval_batch_size, n_ctx),
+                    prompt_lookup=lookup)
     undo.callback(engine.close)
     return executor, engine
 

@@ -109,7 +109,7 @@ class Residents:
 
     def counters(self) -> dict[str, Counter]:
         """By key, counts since the start: loads, failed_loads, load_seconds, and the engine's
-        prefilled, reused and generated tokens."""
+        prefilled, reused and generated tokens, drafted and accepted guesses."""
         with self._changed:
             total = {key: Counter(past) for key, past in self._past.items()}
             for model in [*self._ready.values(), *self._leaving.values()]:
@@ -384,4 +384,5 @@ class Residents:
 def _engine_counts(model: LoadedModel) -> dict[str, int]:
     stats = model.engine.stats
     return {"prefilled": stats.n_prefilled_tokens, "reused": stats.n_reused_tokens,
-            "generated": stats.n_generated_tokens}
+            "generated": stats.n_generated_tokens, "drafted": stats.n_drafted,
+            "accepted": stats.n_accepted}

@@ -58,6 +58,10 @@ def _of_counters(counters: dict[str, Counter]) -> Iterable[str]:
                        "earlier prompts, generated.",
                        [sample for kind in ("prefilled", "reused", "generated")
                         for sample in samples(kind, kind=kind)])
+    yield from _metric("draft_tokens_total", "counter", "Guesses by prompt lookup: computed, and "
+                       "those that were right.",
+                       [sample for kind in ("drafted", "accepted")
+                        for sample in samples(kind, kind=kind)])
     yield from _metric("model_loads_total", "counter", "Loads that succeeded.", samples("loads"))
     yield from _metric("model_load_failures_total", "counter", "Loads that failed.",
                        samples("failed_loads"))
