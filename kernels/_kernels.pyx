@@ -55,6 +55,16 @@ cdef const kernel_table *_table(str isa) except NULL:
     raise ValueError(f"expected one of {', '.join(isa_levels())}, got {isa!r}")
 
 
+def multiply_adds(str isa, bint is_int8, int64_t rounds) -> float:
+    """Operations done by `rounds` rounds of multiply-adds in registers alone; 0: none is known."""
+    cdef bytes name = isa.encode()
+    cdef const char *text = name
+    cdef double n
+    with nogil:
+        n = c_multiply_adds(text, is_int8, rounds)
+    return n
+
+
 def activation_floats(int qtype, int64_t n_rows, int64_t n_cols) -> int | None:
     """float32s that a row of n_cols takes once it is quantised for such a matrix; 0: it stays.
 

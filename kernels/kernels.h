@@ -219,6 +219,13 @@ extern const kernel_table kernels_neon_dotprod;
 /* the instruction sets of this processor, slowest first; NULL after the last */
 const kernel_table *const *kernel_tables(void);
 
+/* ---- peaks.c ---- */
+
+/* Multiply-adds in registers alone, in int8 or float32, by the best instruction of the set: how
+ * many operations `rounds` rounds were, a product and a sum counting as two; 0 where it is not
+ * known. */
+double multiply_adds(const char *isa, int is_int8, int64_t rounds);
+
 /* ---- the runner: build.c makes it, batch.c judges what it is given, program.c runs it ---- */
 
 typedef struct {

@@ -65,6 +65,7 @@ cdef extern from "kernels.h" nogil:
         const linear_table *linear
 
     const kernel_table *const *kernel_tables()
+    double c_multiply_adds "multiply_adds"(const char *isa, int is_int8, int64_t rounds)
 
     ctypedef struct thread_pool:
         pass

@@ -20,11 +20,13 @@ from struct import Struct, error as StructError
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from tinychat.errors import ModelFileError
+from tinychat.gguf_tables import (
+    GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType)
 
-__all__ = ["GGMLQuantizationType", "GGUFFile", "QTensor", "open_gguf"]
+__all__ = ["GGML_QUANT_SIZES", "GGMLQuantizationType", "GGUFFile", "LlamaFileType", "QTensor",
+           "open_gguf"]
 
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4

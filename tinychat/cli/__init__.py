@@ -144,6 +144,12 @@ def _bench_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--prompt", type=count, default=512, metavar="TOKENS")
     sub.add_argument("--generate", type=count, default=64, metavar="TOKENS")
     sub.add_argument("--runs", type=count, default=3, metavar="COUNT", help="medians of so many")
+    sub.add_argument("--streams", type=count, nargs="*", default=[2, 4, 8], metavar="COUNT",
+                     help="decode so many together (default: 2 4 8)")
+    sub.add_argument("--depths", type=count, nargs="*", default=[1024], metavar="TOKENS",
+                     help="decode after so many tokens of context (default: 1024)")
+    sub.add_argument("--plot", metavar="FILE", help="tokens per second by streams and by context, "
+                     "as an SVG picture")
     sub.add_argument("--vs", choices=["llama.cpp"],
                      help="measure it too, if llama_cpp or xllamacpp is installed")
     sub.add_argument("--vs-python", metavar="PATH", default=sys.executable,

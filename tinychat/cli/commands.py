@@ -192,14 +192,18 @@ def short(value) -> str:
 
 
 def bench(args) -> None:
-    from tinychat import bench as measure
+    from tinychat.bench import Plan, run
+    from tinychat.bench.plot import plot
+    from tinychat.bench.report import notes, table
 
     threads = decide(args).values["threads"]
-    result = measure.run(args.model, n_prompt=args.prompt, n_generate=args.generate,
-                         n_runs=args.runs, threads=threads,
-                         rival_python=args.vs_python if args.vs else None, say=say)
+    plan = Plan(args.prompt, args.generate, args.streams, args.depths)
+    result = run(args.model, plan, n_runs=args.runs, threads=threads,
+                 rival_python=args.vs_python if args.vs else None, say=say)
+    if args.plot:
+        Path(args.plot).write_text(plot(result), encoding="utf-8")
     if args.json:
         print(json.dumps(result))
     else:
-        print_table(measure.table(result))
-        print("\n".join(measure.notes(result)))
+        print_table(table(result))
+        print("\n".join(notes(result)))

@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gguf.constants import LlamaFileType
-
 from tinychat.errors import ModelFileError
-from tinychat.gguf_file import GGUFFile, open_gguf
+from tinychat.gguf_file import GGUFFile, LlamaFileType, open_gguf
 from tinychat.models.vision import KNOWN, projector_of
 from tinychat.text.prompt.template import ChatTemplate, source_of
 

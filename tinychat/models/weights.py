@@ -3,10 +3,9 @@ import re
 from dataclasses import replace
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES
 
 from tinychat.errors import ModelFileError
-from tinychat.gguf_file import QTensor
+from tinychat.gguf_file import GGML_QUANT_SIZES, QTensor
 
 # Scales of the quantisation of others, frequencies of ropes that a program does not use
 SPARE = re.compile(r"(^|\.)(rope_(freqs|factors_(long|short))\.weight|input_scale"

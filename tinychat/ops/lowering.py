@@ -9,7 +9,6 @@ import mmap
 from dataclasses import asdict, replace
 
 import numpy as np
-from gguf import quants
 
 from tinychat import _kernels
 from tinychat.errors import KernelError
@@ -108,6 +107,8 @@ def _as_q8_0(tensor: QTensor) -> np.ndarray:
 
 def _grid(qtype: Type) -> np.ndarray:
     """The values that codes of this format index, int8, flat; empty where they are values."""
+    from gguf import quants  # takes longer than a small model to load, and few models need it
+
     format_ = getattr(quants, qtype.name)
     if not format_.grid_hex:
         return np.empty(0, np.int8)

@@ -6,7 +6,6 @@ and rows of a matrix. Written in the plainest way: this is the specification.
 import math
 
 import numpy as np
-from gguf import quants
 
 from tinychat.errors import ModelFileError
 from tinychat.gguf_file import QTensor
@@ -26,6 +25,8 @@ def dequantize(tensor: QTensor) -> np.ndarray:
 
 
 def dequantize_rows(tensor: QTensor, rows: np.ndarray) -> np.ndarray:
+    from gguf import quants  # takes longer than a small model to load, and few models need it
+
     try:
         with np.errstate(all="ignore"):  # a scale that is NaN or infinite makes such weights
             return quants.dequantize(rows, tensor.qtype)
