@@ -5,7 +5,7 @@
  * on are scaled as in linear_simd.h: the same float operations in the same order, so a token's
  * results are those of AVX-512 bit for bit. Fewer than 8 tokens, and float kinds, are left to it.
  *
- * Costs on Sapphire Rapids, in cycles: tdpbssd of 32 columns 16, tilestored 16, tileloadd of 16 rows
+ * In cycles of Sapphire Rapids: tdpbssd of 32 columns 16, tilestored 16, tileloadd of 16 rows
  * 8, and these overlap neither one another nor much of the scaling, 3 vector operations for each
  * token: 75 in all for 8192 products, where VNNI needs 125. Tried: 2x2 tiles, which load half as
  * much: no faster. Tiles of activations straight from their rows: as fast alone, a third slower

@@ -61,7 +61,9 @@ __attribute__((target("amx-tile,amx-int8"))) static double amx_int8(int64_t roun
         uint8_t palette, start_row, reserved[14];
         uint16_t row_bytes[16];
         uint8_t rows[16];
-    } shapes = {.palette = 1, .row_bytes = {64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16}};
+    } shapes = {.palette = 1,
+                .row_bytes = {64, 64, 64, 64, 64, 64},
+                .rows = {16, 16, 16, 16, 16, 16}};
     __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
     for (int64_t i = 0; i < rounds; i++)
         __asm__ volatile("tdpbssd %tmm4, %tmm5, %tmm0\n\ttdpbssd %tmm4, %tmm5, %tmm1\n\t"

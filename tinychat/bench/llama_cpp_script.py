@@ -1,4 +1,6 @@
-"""MODEL PLAN: one measurement of llama.cpp, as a line of JSON. PLAN: bench.Plan and n_threads, JSON.
+"""MODEL PLAN: one measurement of llama.cpp, as a line of JSON.
+
+PLAN: the fields of bench.Plan, and n_threads, in JSON.
 
 Run by the interpreter that has one of its packages; nothing of tinychat is imported here.
 """
@@ -95,10 +97,12 @@ def with_llama_cpp(path, plan):
     found = {"load_seconds": time.perf_counter() - start, "version": engine.version,
              "prefill_tokens_per_second": engine.prefill(plan["n_prompt"]),
              "decode_tokens_per_second": engine.decode(DECODE_PROMPT, n_generate)}
-    found |= {f"decode_tokens_per_second_of_{n}_streams": engine.decode(DECODE_PROMPT, n_generate, n)
-              for n in plan["streams"]}
-    return found | {f"decode_tokens_per_second_after_{n}": engine.decode(n, n_generate)
-                    for n in plan["depths"]}
+    for n in plan["streams"]:
+        found[f"decode_tokens_per_second_of_{n}_streams"] = engine.decode(
+            DECODE_PROMPT, n_generate, n)
+    for n in plan["depths"]:
+        found[f"decode_tokens_per_second_after_{n}"] = engine.decode(n, n_generate)
+    return found
 
 
 def with_xllamacpp(path, plan):

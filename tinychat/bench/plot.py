@@ -4,7 +4,7 @@ from xml.sax.saxutils import escape
 from tinychat.bench.decoding import DECODE_PROMPT, depth_key, streams_key
 
 WIDTH, HEIGHT, GAP = 360, 240, 40        # of a panel, and between two
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 34, 44  # of a panel, round its axes
+LEFT, RIGHT, TOP, BOTTOM = 56, 24, 34, 44  # of a panel, round its axes
 COLOURS = ("#1f6fb4", "#c8641e")         # ours, the rival's
 STYLE = "text{font:12px sans-serif;fill:#333} .title{font-weight:bold} line{stroke:#ddd}"
 
@@ -53,7 +53,8 @@ def _panel(title: str, unit: str, lines: dict[str, list[tuple[int, float]]]) -> 
     for number in _apart(sorted({x for x, _ in points}), x_high):
         x, y = place(number, 0)
         out.append(f'<text x="{x}" y="{y + 16}" text-anchor="middle">{number}</text>')
-    out.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{unit}</text>')
+    out.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{unit}'
+               '</text>')
     for i, (name, line) in enumerate(lines.items()):
         path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in line))
         dots = "".join('<circle cx="{}" cy="{}" r="3" fill="{}"/>'.format(*place(*p), COLOURS[i])

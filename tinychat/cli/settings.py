@@ -86,7 +86,8 @@ def _integer(text: str, low: int, high: int) -> int:
     return number
 
 
-EXPECTED = {kv_type: "f16, q8_0 or f32", count: "a count of at least 1", port: "a port", threads: "1 to 1024 threads",
+EXPECTED = {count: "a count of at least 1", port: "a port", threads: "1 to 1024 threads",
+            kv_type: "f16, q8_0 or f32",
             seconds: f"a number of seconds up to {MAX_SECONDS}",
             patience: f"a number of seconds above 0 and up to {MAX_SECONDS}",
             switch: "on or off", address: "an address", file: "a file's path",
@@ -180,8 +181,9 @@ SETTINGS = (
     Setting("kv_type", kv_type, "f16", "how keys and values are kept: f32, f16, or q8_0, which "
             "takes half of f16's memory", "library.kv_type", ("serve", "chat")),
     Setting("queue_limit", count, 64, "requests that may wait, per model", "library.queue_limit"),
-    Setting("prompt_lookup", switch, True, "guess how a text goes on from what it repeats, where that "
-            "makes it faster; the text stays the same", "library.prompt_lookup", ("serve", "chat")),
+    Setting("prompt_lookup", switch, True, "guess how a text goes on from what it repeats, where "
+            "that makes it faster; the text stays the same", "library.prompt_lookup",
+            ("serve", "chat")),
     Setting("jit", switch, True, "load models when they are first asked for", "library.jit"),
     Setting("auto_evict", switch, True, "loading on demand first unloads what was loaded on demand",
             "library.auto_evict"),

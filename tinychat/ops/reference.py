@@ -15,15 +15,15 @@ LOOKED_UP = ("embed", "embed_positions")  # their weights stay as they are store
 
 
 class KVLayer:
-    """One attention layer's keys and values, arrays of (n_pages * PAGE_TOKENS, Hkv, ...) each: their
-    values, or codes and scales."""
+    """One attention layer's keys and values, each as arrays (n_pages * PAGE_TOKENS, Hkv, ...): what
+    meaning.as_kv makes of them."""
 
     def __init__(self, heads: Heads, limits: Limits, kv_type: str):
         self.has_reach, self.kv_type = heads.reach > 0, kv_type
         n_slots = (limits.n_window_pages if self.has_reach else limits.n_pages) * PAGE_TOKENS
         self.k, self.v = (
-            tuple(np.zeros((n_slots, *array.shape[1:]), array.dtype)
-                  for array in meaning.as_kv(np.zeros((1, heads.n_head_kv, n), np.float32), kv_type))
+            tuple(np.zeros((n_slots, *one.shape[1:]), one.dtype) for one in meaning.as_kv(
+                np.zeros((1, heads.n_head_kv, n), np.float32), kv_type))
             for n in (heads.key_length, heads.value_length))
 
     def store(self, k: np.ndarray, v: np.ndarray, batch: Batch) -> None:
