@@ -3,7 +3,7 @@
  * A code block, once decoded, is already the tile that the instruction wants: 8 groups of 16 rows x
  * 4 columns. Its exact sums go through memory, for only there do vectors meet tiles, and from there
  * on are scaled as in linear_simd.h: the same float operations in the same order, so a token's
- * results are those of AVX-512 bit for bit. Fewer than 8 tokens, and float kinds, are left to it.
+ * results are those of AVX-512 bit for bit. Few tokens, and float kinds, are left to it.
  *
  * In cycles of Sapphire Rapids: tdpbssd of 32 columns 16, tilestored 16, tileloadd of 16 rows
  * 8, and these overlap neither one another nor much of the scaling, 3 vector operations for each
@@ -28,7 +28,9 @@
 
 enum {
     CHUNK_BLOCKS = 32,   /* blocks of 32 columns that are decoded at once: they stay in L1 */
-    MOST_GROUPS = 16,    /* groups of tokens that use them */
+    GROUP = 16,          /* tokens that are multiplied with at once */
+    LEAST_TOKENS = 32,   /* decoding does not pay for fewer; AVX-512 is a third faster with 8 */
+    MOST_GROUPS = 16,    /* groups of tokens that use what is decoded */
     GATHERED = 1024,     /* tiles of activations at hand, 512 bytes each */
     AHEAD = 3, RING = 4, /* blocks whose sums are on their way through memory */
 };
@@ -127,15 +129,14 @@ INLINE void decode_blocks(int kind, const packed_matrix *m, int64_t tile, int64_
 
 /* ---- activations ---- */
 
-/* 32 columns of a group of tokens as a tile of 16 rows */
-typedef int8_t token_tile[16][32];
+/* 32 columns of a group of tokens */
+typedef int8_t token_tile[GROUP][32];
 
 /* n_blocks tiles of the rows from act on */
-static void gather(int group, const uint8_t *act, size_t act_stride, int64_t n_blocks,
-                   token_tile *out)
+static void gather(const uint8_t *act, size_t act_stride, int64_t n_blocks, token_tile *out)
 {
     for (int64_t i = 0; i < n_blocks; i++)
-        for (int t = 0; t < group; t++)
+        for (int t = 0; t < GROUP; t++)
             memcpy(out[i][t], ((const act_block *)(act + t * act_stride))[i].q, 32);
 }
 
@@ -150,11 +151,10 @@ typedef struct {
 
 /* NOTE: GCC 12's _tile_loadconfig says that it reads 8 bytes of its argument, and the stores of
  * the others are dropped. */
-static void configure(int n_tokens)
+static void configure(void)
 {
-    const tile_shapes shapes = {.palette = 1,
-                                .row_bytes = {64, 32, 64},
-                                .rows = {(uint8_t)n_tokens, (uint8_t)n_tokens, 8}};
+    static const tile_shapes shapes = {
+        .palette = 1, .row_bytes = {64, 32, 64}, .rows = {GROUP, GROUP, 8}};
     __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
 }
 
@@ -189,14 +189,14 @@ INLINE vfloat scale_sums(int kind, const decoded *w, int64_t i, vint low, vint h
                                         : vf_fma(w->m[i], d_sum, acc);
 }
 
-/* n blocks of a tile for a group of tokens: x, and as rows from act on; sums: (group, 16) so far */
-INLINE void add_blocks(int kind, const int group, const decoded *w, int64_t n, const token_tile *x,
+/* n blocks of a tile for a group of tokens: x, and as rows from act on; sums: (GROUP, 16) so far */
+INLINE void add_blocks(int kind, const decoded *w, int64_t n, const token_tile *x,
                        const uint8_t *act, size_t act_stride, float *sums)
 {
     const int planes = kind == Q6_K ? 2 : 1;
     int32_t ring[RING][2][256] __attribute__((aligned(64)));
-    vfloat acc[16];
-    for (int t = 0; t < group; t++)
+    vfloat acc[GROUP];
+    for (int t = 0; t < GROUP; t++)
         acc[t] = vf_load(sums + TILE_ROWS * t);
     for (int64_t i = -AHEAD; i < n; i++) {
         const int64_t next = i + AHEAD;
@@ -205,93 +205,91 @@ INLINE void add_blocks(int kind, const int group, const decoded *w, int64_t n, c
         if (i < 0)
             continue;
         UNROLL
-        for (int t = 0; t < group; t++)
+        for (int t = 0; t < GROUP; t++)
             acc[t] = scale_sums(kind, w, i, vi_load(ring[i % RING][0] + TILE_ROWS * t),
                                 vi_load(ring[i % RING][planes - 1] + TILE_ROWS * t),
                                 (const act_block *)(act + t * act_stride) + i, acc[t]);
     }
-    for (int t = 0; t < group; t++)
+    for (int t = 0; t < GROUP; t++)
         vf_store(sums + TILE_ROWS * t, acc[t]);
 }
 
 /* The first token of group i: the last group ends with the last token, and may begin inside the
  * group before it. */
-INLINE int64_t first_token(int64_t i, int64_t n_tokens, int group)
+INLINE int64_t first_token(int64_t i, int64_t n_tokens)
 {
-    return (i + 1) * group <= n_tokens ? i * group : n_tokens - group;
+    return (i + 1) * GROUP <= n_tokens ? i * GROUP : n_tokens - GROUP;
 }
 
 /* One tile, at most MOST_GROUPS groups. x: (groups, n_cols / 32) */
-INLINE void tile_product(int kind, const int group, const packed_matrix *m, int64_t tile,
+INLINE void tile_product(int kind, const packed_matrix *m, int64_t tile,
                          const token_tile *x, const uint8_t *act, size_t act_stride,
                          int64_t n_tokens, const float *bias, float *out, int64_t ld)
 {
     decoded w;
-    float sums[MOST_GROUPS][16 * TILE_ROWS] __attribute__((aligned(64)));
-    const int64_t n_blocks = m->n_cols / 32, n_groups = (n_tokens + group - 1) / group,
+    float sums[MOST_GROUPS][GROUP * TILE_ROWS] __attribute__((aligned(64)));
+    const int64_t n_blocks = m->n_cols / 32, n_groups = (n_tokens + GROUP - 1) / GROUP,
                   row = tile * TILE_ROWS;
     memset(sums, 0, (size_t)n_groups * sizeof sums[0]);
     for (int64_t first = 0; first < n_blocks; first += CHUNK_BLOCKS) {
         const int64_t n = n_blocks - first < CHUNK_BLOCKS ? n_blocks - first : CHUNK_BLOCKS;
         decode_blocks(kind, m, tile, first, n, &w);
         for (int64_t i = 0; i < n_groups; i++)
-            add_blocks(kind, group, &w, n, x + i * n_blocks + first,
-                       act + (size_t)first_token(i, n_tokens, group) * act_stride +
+            add_blocks(kind, &w, n, x + i * n_blocks + first,
+                       act + (size_t)first_token(i, n_tokens) * act_stride +
                            (size_t)first * sizeof(act_block),
                        act_stride, sums[i]);
     }
     for (int64_t i = 0; i < n_groups; i++)
-        for (int t = 0; t < group; t++)
+        for (int t = 0; t < GROUP; t++)
             write_part(vf_load(sums[i] + TILE_ROWS * t), bias ? bias + row : NULL,
-                       out + (first_token(i, n_tokens, group) + t) * ld + row, m->n_rows - row);
+                       out + (first_token(i, n_tokens) + t) * ld + row, m->n_rows - row);
 }
 
 typedef void product(const packed_matrix *m, int64_t tile, const token_tile *x, const uint8_t *act,
                      size_t act_stride, int64_t n_tokens, const float *bias, float *out,
                      int64_t ld);
 
-#define PRODUCT(K) PRODUCT_OF(K, 8) PRODUCT_OF(K, 16)
-#define PRODUCT_OF(K, group) \
-    static void product_##K##_##group(const packed_matrix *m, int64_t tile, const token_tile *x, \
-                                      const uint8_t *act, size_t act_stride, int64_t n_tokens, \
-                                      const float *bias, float *out, int64_t ld) \
-    { tile_product(K, group, m, tile, x, act, act_stride, n_tokens, bias, out, ld); }
-#define PRODUCT_ENTRY(K) [K] = {product_##K##_8, product_##K##_16},
+#define PRODUCT(K) \
+    static void product_##K(const packed_matrix *m, int64_t tile, const token_tile *x, \
+                            const uint8_t *act, size_t act_stride, int64_t n_tokens, \
+                            const float *bias, float *out, int64_t ld) \
+    { tile_product(K, m, tile, x, act, act_stride, n_tokens, bias, out, ld); }
+#define PRODUCT_ENTRY(K) [K] = product_##K,
 BLOCK_KINDS(PRODUCT)
-static product *const products[N_KINDS][2] = {BLOCK_KINDS(PRODUCT_ENTRY)};
+static product *const products[N_KINDS] = {BLOCK_KINDS(PRODUCT_ENTRY)};
 
-/* Tokens [0, n) for all tiles of the range, in groups of `group` */
+/* Tokens [0, n) for all tiles of the range */
 static void some_tokens(const packed_matrix *m, const uint8_t *act, size_t act_stride, int64_t n,
-                        int group, const float *bias, float *out, int64_t ld, int64_t tile_begin,
+                        const float *bias, float *out, int64_t ld, int64_t tile_begin,
                         int64_t tile_end)
 {
     static _Thread_local token_tile gathered[GATHERED];
     const int64_t n_blocks = m->n_cols / 32;
-    for (int64_t i = 0; i * group < n; i++)
-        gather(group, act + (size_t)first_token(i, n, group) * act_stride, act_stride, n_blocks,
+    for (int64_t i = 0; i * GROUP < n; i++)
+        gather(act + (size_t)first_token(i, n) * act_stride, act_stride, n_blocks,
                gathered + i * n_blocks);
     for (int64_t tile = tile_begin; tile < tile_end; tile++)
-        products[m->kind][group == 16](m, tile, gathered, act, act_stride, n, bias, out, ld);
+        products[m->kind](m, tile, gathered, act, act_stride, n, bias, out, ld);
 }
 
 static void linear(const packed_matrix *m, const void *act, size_t act_stride, int64_t n_tokens,
                    const float *bias, float *out, int64_t ld, int64_t tile_begin, int64_t tile_end)
 {
-    const int group = n_tokens >= 16 ? 16 : 8;
-    int64_t n_groups = GATHERED / (m->n_cols / 32);
-    if (!linear_wants_int8(m) || n_tokens < group || n_groups < 2) {
+    int64_t n_groups = linear_wants_int8(m) ? GATHERED / (m->n_cols / 32) : 0;
+    if (n_tokens < LEAST_TOKENS || n_groups < 2) {
         linear_avx512_vnni.linear(m, act, act_stride, n_tokens, bias, out, ld, tile_begin,
                                   tile_end);
         return;
     }
-    configure(group);
+    configure();
     n_groups = n_groups < MOST_GROUPS ? n_groups : MOST_GROUPS;
     int64_t n;
     for (int64_t t = 0; t < n_tokens; t += n) {
-        n = n_tokens - t < n_groups * group ? n_tokens - t : n_groups * group;
-        if (n_tokens - t > n && n_tokens - t - n < group) /* what is left must be a group */
-            n -= group;
-        some_tokens(m, (const uint8_t *)act + (size_t)t * act_stride, act_stride, n, group, bias,
+        n = n_tokens - t < n_groups * GROUP ? n_tokens - t : n_groups * GROUP;
+        if (n_tokens - t > n && n_tokens - t - n < GROUP) /* what is left must be a group */
+            n -= GROUP;
+        some_tokens(m, (const uint8_t *)act + (size_t)t * act_stride, act_stride, n, bias,
                     out + t * ld, ld, tile_begin, tile_end);
     }
     _tile_release();

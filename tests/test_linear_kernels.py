@@ -28,7 +28,7 @@ BLOCKS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K"
 SCALE_AT = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}  # byte of the float16 d; 0 for the others
 MIN_AT = {"Q4_1": 2, "Q5_1": 2, "Q2_K": 82, "Q4_K": 2, "Q5_K": 2}  # byte of the float16 m or dmin
 SHAPES = [(1, 1), (2, 15), (3, 16), (4, 17), (5, 37), (6, 1), (7, 48), (8, 64), (9, 33), (15, 16),
-          (16, 20), (33, 37)]  # tokens, rows
+          (16, 20), (33, 37), (31, 18), (47, 5)]  # tokens, rows
 
 
 def n_cols_of(name: str, wanted: int) -> int:
