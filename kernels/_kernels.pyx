@@ -57,11 +57,10 @@ cdef const kernel_table *_table(str isa) except NULL:
 
 def multiply_adds(str isa, bint is_int8, int64_t rounds) -> float:
     """Operations done by `rounds` rounds of multiply-adds in registers alone; 0: none is known."""
-    cdef bytes name = isa.encode()
-    cdef const char *text = name
+    cdef const char *name = _table(isa).isa
     cdef double n
     with nogil:
-        n = c_multiply_adds(text, is_int8, rounds)
+        n = c_multiply_adds(name, is_int8, rounds)
     return n
 
 

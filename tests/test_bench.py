@@ -90,6 +90,8 @@ def test_peaks_are_known_for_every_instruction_set_but_portable_c():
             done = multiply_adds(isa, is_int8, 10)
             assert done == multiply_adds(isa, is_int8, 20) / 2
             assert (done > 0) == (isa != "scalar")
+    with pytest.raises(ValueError, match="expected one of"):
+        multiply_adds("amx_bf16", True, 1)
     found = limits.measure_limits(isa_levels()[-1], 1)
     assert all(value > 0 for value in found.values())
     assert found.keys() >= {"read_bandwidth_bytes_per_second"}

@@ -6,7 +6,7 @@ import numpy as np
 
 BANDWIDTH_BYTES = 512 << 20  # much more than any cache
 RUNS = 5
-PEAK_ROUNDS = 1 << 18        # milliseconds each
+PEAK_ROUNDS = 1 << 20        # some milliseconds each
 
 
 def measure_limits(isa: str | None, n_threads: int) -> dict:
