@@ -25,7 +25,7 @@ def kernels() -> list[Extension]:
     return [Extension(
         "tinychat._kernels",
         sources=["kernels/_kernels.pyx", *(path for path in sources if path != GENERATED)],
-        depends=sorted(glob("kernels/*.h") + glob("kernels/*.pxd") + glob("kernels/*.md")),
+        depends=sorted(glob("kernels/*.h") + glob("kernels/*.px[di]") + glob("kernels/*.md")),
         include_dirs=["kernels"],
         libraries=["m"],
         extra_compile_args=COMPILE,

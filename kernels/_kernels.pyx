@@ -11,6 +11,8 @@ import numpy as np
 
 from kernels cimport *
 
+include "text.pxi"
+
 page_tokens = PAGE_TOKENS
 row_floats = ROW_FLOATS
 kv_types = {"f32": KV_F32, "f16": KV_F16, "q8_0": KV_Q8_0}

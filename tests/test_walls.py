@@ -9,13 +9,13 @@ PACKAGE = Path(__file__).parents[1] / "tinychat"
 # room: the rooms it may import; errors is open to all. Order is from the ground up.
 WALLS = {
     "errors": (),
-    "gguf_file": ("gguf_tables",),
+    "gguf_file": ("gguf_tables", "_kernels"),
     "gguf_tables": (),
     "ops": ("_kernels", "gguf_file"),
     "images": (),
     "models": ("ops", "gguf_file", "images"),
     "engine": ("models", "ops"),
-    "text": ("gguf_file",),
+    "text": ("_kernels", "gguf_file"),
     "sse": (),
     "mcp": ("sse",),
     "contract": ("images",),

@@ -10,23 +10,24 @@ Five families, by `tokenizer.ggml.model` and `tokenizer.ggml.pre`:
     bert     WordPiece (`wordpiece`): cleaned text, the longest piece of a word first
     t5       Unigram (`unigram`): normalised text, the likeliest of all ways to cut it
 
-The first three are one loop (`words.join_pairs`) over the symbols of a word. All are a way to
-prepare a text, to cut it into words, and to encode a word, with a cache of words.
+The first three join the symbols of a word pair by pair (`words`). All are a way to prepare a text,
+to cut it into words, and to encode a word (`encoders`), with a cache of words.
 Source: ggml-org/llama.cpp: src/llama-vocab.cpp, for what the files mean; minbpe for the loop.
 """
 import codecs
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
 from typing import Any
 
 from tinychat.errors import ModelFileError
-from tinychat.text import unigram, wordpiece
+from tinychat.text import encoders, unigram, wordpiece
 from tinychat.text.charsmap import Charsmap
 from tinychat.text.pretokenizers import pretokenizer
 from tinychat.text.special_texts import SpecialTexts
 from tinychat.text.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary
-from tinychat.text.words import SPACE, WordCache, cut_between_pieces, join_pairs
+from tinychat.text.words import SPACE, WordCache, cut_between_pieces
 
 
 def _byte_characters() -> str:
@@ -211,47 +212,25 @@ def _byte_pairs(vocabulary: Vocabulary) -> Tokenizer:
     pre = pretokenizer(vocabulary.string("pre", None))
     if not pre.byte_level:
         return _character_pairs(vocabulary, add_bos=pre.add_bos)
-    ids, ranks = vocabulary.ids_by_text(), vocabulary.merge_ranks()
-
-    def encode_word(word: str) -> list[int]:
-        if word.isascii() and word.isprintable():
-            text = word.replace(" ", "Ġ")
-        else:
-            text = word.encode().decode("latin-1").translate(_BYTE_CHARACTERS)
-        if pre.ignore_merges and text in ids:
-            return [ids[text]]
-        return _ids_of_pieces(join_pairs(text, ranks, " "), ids, spell)
-
-    def spell(piece: str) -> list[int]:
-        """For what joins to a control token. A byte that is no token is left out, as elsewhere."""
-        return [ids[byte] for byte in piece if byte in ids]
-
-    return Tokenizer(vocabulary, encode_word, pre.cut, _as_it_is, byte_level=True,
-                     add_bos=pre.add_bos)
+    join = encoders.by_merges(vocabulary, _BYTE_CHARACTERS)
+    return Tokenizer(vocabulary, partial(join, whole=pre.ignore_merges), pre.cut, _as_it_is,
+                     byte_level=True, add_bos=pre.add_bos)
 
 
 def _character_pairs(vocabulary: Vocabulary, *, add_bos: bool) -> Tokenizer:
-    ids, ranks = vocabulary.ids_by_text(), vocabulary.merge_ranks()
-    spell = vocabulary.byte_speller()
+    join = encoders.by_merges(vocabulary)
 
     def encode_word(word: str) -> list[int]:
-        if word in ids and not word.strip("\n"):
-            return [ids[word]]
-        return _ids_of_pieces(join_pairs(word, ranks, " "), ids, spell)
+        return join(word, whole=not word.strip("\n"))
 
-    return Tokenizer(vocabulary, encode_word, cut_between_pieces(ids, "\n"), _spacer(False),
-                     add_bos=add_bos, always_bos=add_bos)
+    return Tokenizer(vocabulary, encode_word, cut_between_pieces(vocabulary.tokens, "\n"),
+                     _spacer(False), add_bos=add_bos, always_bos=add_bos)
 
 
 def _sentence_pieces(vocabulary: Vocabulary) -> Tokenizer:
-    ids, ranks = vocabulary.ids_by_text(), vocabulary.score_ranks()
-    spell = vocabulary.byte_speller()
-
-    def encode_word(word: str) -> list[int]:
-        return _ids_of_pieces(join_pairs(word, ranks, ""), ids, spell)
-
     prefix = vocabulary.flag("add_space_prefix", True)
-    return Tokenizer(vocabulary, encode_word, cut_between_pieces(ids), _spacer(prefix),
+    return Tokenizer(vocabulary, encoders.by_scores(vocabulary),
+                     cut_between_pieces(vocabulary.tokens), _spacer(prefix),
                      drops_first_space=prefix, add_bos=True)
 
 
@@ -261,23 +240,19 @@ def _word_pieces(vocabulary: Vocabulary) -> Tokenizer:
     lowercase = vocabulary.flag("normalizer.lowercase", True)
     normalize = wordpiece.normalizer(
         lowercase, vocabulary.flag("normalizer.strip_accents", lowercase))
-    encode_word = wordpiece.word_encoder(vocabulary.ids_by_text(), vocabulary.unknown(100))
-    return Tokenizer(vocabulary, encode_word, wordpiece.cut, lambda text, _: normalize(text),
-                     drops_first_space=True, always_bos=True, closing_id=vocabulary.sep_id)
+    return Tokenizer(vocabulary, encoders.longest_first(vocabulary), wordpiece.cut,
+                     lambda text, _: normalize(text), drops_first_space=True, always_bos=True,
+                     closing_id=vocabulary.sep_id)
 
 
 def _likeliest_pieces(vocabulary: Vocabulary) -> Tokenizer:
-    ids, costs = vocabulary.ids_by_text(), vocabulary.score_ranks()
-    special = {vocabulary.tokens[id] for id in vocabulary.special_ids}
-    unknown_cost = unigram.UNKNOWN_PENALTY + max(
-        (cost for text, cost in costs.items() if text not in special), default=0.0)
-    encode_word = unigram.word_encoder(costs, ids, unknown_cost, vocabulary.unknown(2))
     replace = Charsmap(vocabulary.charsmap()).replace
     prefix = vocabulary.flag("add_space_prefix", False)
     space = unigram.spacer(prefix, vocabulary.flag("remove_extra_whitespaces", False))
     # a run of unknown characters is one token, so words are only cut where ▁ is known
-    cut = cut_between_pieces(ids) if SPACE in ids else lambda text: [text]
-    return Tokenizer(vocabulary, encode_word, cut,
+    cut = (cut_between_pieces(vocabulary.tokens) if SPACE in vocabulary.tokens
+           else lambda text: [text])
+    return Tokenizer(vocabulary, encoders.likeliest(vocabulary), cut,
                      lambda text, after_special: space(replace(text), after_special),
                      drops_first_space=prefix, add_eos=True)
 
@@ -292,15 +267,6 @@ def _spacer(prefix: bool) -> Callable[[str, bool], str]:
         return (SPACE if prefix and after_special else "") + text.replace(" ", SPACE)
 
     return space
-
-
-def _ids_of_pieces(pieces: list[str], ids: dict[str, int],
-                   spell: Callable[[str], list[int]]) -> list[int]:
-    found = list(map(ids.get, pieces))
-    if None in found:
-        return [*chain.from_iterable(spell(piece) if id is None else [id]
-                                     for piece, id in zip(pieces, found))]
-    return found
 
 
 def _without_surrogates(text: str) -> str:

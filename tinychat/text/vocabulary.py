@@ -2,8 +2,7 @@
 import re
 import reprlib
 from collections.abc import Callable
-from itertools import compress, repeat
-from operator import contains
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ _END_OF_FILL = {
     "fim_rep_token_id": "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>".split(),
     "fim_sep_token_id": "<|file_sep|> <|plamo:file_separator|>".split(),
 }
+_KNOWN_TEXTS = frozenset(_END_TEXTS).union(_NEXT_TURN, *_END_OF_FILL.values())
 # bos, eos and sep where the file names none
 _DEFAULT_IDS = {"llama": (1, 2, None), "t5": (None, 1, None), "bert": (101, None, 102)}
 
@@ -43,17 +43,19 @@ class Vocabulary:
         if not self.tokens:
             raise ModelFileError("tokenizer.ggml.tokens: expected at least one token, got none")
         types = self._numbers("token_type")
-        self.types: list[int] = types[:len(self.tokens)] if types else [NORMAL] * len(self.tokens)
-        self._all_ids = dict(zip(self.tokens, range(len(self.tokens))))
+        self._types = (np.full(len(self.tokens), NORMAL) if types is None
+                       else types.astype(np.int64))
+        self._known_ids = {text: id for id, text in enumerate(self.tokens) if text in _KNOWN_TEXTS}
         bos, eos, sep = _DEFAULT_IDS.get(self.string("model"), (None, None, None))
         self.bos_id = self._token_id("bos_token_id", self._token_id("cls_token_id", bos))
         self.eos_id = self._token_id("eos_token_id", eos)
         self.sep_id = self._token_id("seperator_token_id", sep)        # GGUF spells it so
         self.eog_ids = self._end_of_generation()
         self.stop_ids = self.eog_ids | {
-            self._all_ids[text] for text in _NEXT_TURN if text in self._all_ids
-            and self.types[self._all_ids[text]] in (CONTROL, USER_DEFINED)}
-        self.special_ids = [id for id, type in enumerate(self.types) if type != NORMAL]
+            self._known_ids[text] for text in _NEXT_TURN if text in self._known_ids
+            and self._types[self._known_ids[text]] in (CONTROL, USER_DEFINED)}
+        self.types: list[int] = self._types.tolist()
+        self.special_ids: list[int] = np.flatnonzero(self._types != NORMAL).tolist()
         self._check_bytes()
 
     def string(self, key: str, *default: str | None) -> str | None:
@@ -70,11 +72,11 @@ class Vocabulary:
 
     def _strings(self, key: str) -> list[str]:
         value = self._metadata.get(f"tokenizer.ggml.{key}")
-        if not isinstance(value, list) or not all(map(str.__instancecheck__, value)):
+        if not isinstance(value, list) or not {*map(type, value)} <= {str}:
             raise _wrong(key, "an array of strings", value)
         return value
 
-    def _numbers(self, key: str) -> list | None:
+    def _numbers(self, key: str) -> np.ndarray | None:
         """An array with a number for each token, or None where there is none."""
         value = self._metadata.get(f"tokenizer.ggml.{key}")
         if value is None:
@@ -85,7 +87,7 @@ class Vocabulary:
         if len(value) < len(self.tokens):
             raise ModelFileError(f"tokenizer.ggml.{key}: expected {len(self.tokens)} numbers, one "
                                  f"for each token, got {len(value)}")
-        return value.tolist()
+        return value[:len(self.tokens)]
 
     def _token_id(self, key: str, default: int | None) -> int | None:
         value = self._metadata.get(f"tokenizer.ggml.{key}")
@@ -98,7 +100,7 @@ class Vocabulary:
     def _end_of_generation(self) -> frozenset[int]:
         """The ids named by the file, and those whose text says it; the latter become control
         tokens, for converters forget to mark them."""
-        ids = self._all_ids
+        ids = self._known_ids
         ends = {self._token_id(f"{key}_token_id", None) for key in ("eos", "eot", "eom")}
         ends.add(self.eos_id)
         for key, texts in _END_OF_FILL.items():
@@ -106,7 +108,7 @@ class Vocabulary:
             ends.add(self._token_id(key, ids[texts[0]] if texts else None))
         by_text = {ids[text] for text in _END_TEXTS if text in ids}
         for id in by_text:
-            self.types[id] = CONTROL
+            self._types[id] = CONTROL
         ends = (ends | by_text) - {None}
         return frozenset(ends - self._not_ends({self.tokens[id]: id for id in ends}))
 
@@ -119,7 +121,7 @@ class Vocabulary:
             wrong.add(ends["<|end|>"])
         if "</s>" in ends and ("<|tool_response>" in ends or "<|plamo:eos|>" in ends):
             wrong.add(ends["</s>"])
-            self.types[ends["</s>"]] = NORMAL
+            self._types[ends["</s>"]] = NORMAL
         return wrong
 
     def _check_bytes(self) -> None:
@@ -133,21 +135,26 @@ class Vocabulary:
         return [id for id in self.special_ids if self.types[id] in types]
 
     def ids_by_text(self) -> dict[str, int]:
-        """The tokens that ordinary text can become: no control token may come of what a user
-        typed, however it is spelt."""
-        ids = self._all_ids.copy()
-        for id in self.ids_of_type(CONTROL, UNKNOWN, BYTE):
+        """The tokens that ordinary text can become, of those with the same text the last."""
+        ids = dict(zip(self.tokens, range(len(self.tokens))))
+        for id in self.ids_never_made():
             ids.pop(self.tokens[id], None)
         return ids
 
-    def merge_ranks(self) -> dict[str, int]:
-        """ "left right" -> its place in the list, the first if it stands there twice."""
-        merges = self._strings("merges")
-        joined = map(str.replace, merges, repeat(" "), repeat(""), repeat(1))
-        if not all(map(self._all_ids.__contains__, joined)) or \
-                not all(map(contains, merges, repeat(" "))):
-            self._report_bad_merge(merges)
-        return dict(zip(reversed(merges), range(len(merges) - 1, -1, -1)))
+    def ids_never_made(self) -> list[int]:
+        """No control token may come of what a user typed, however it is spelt."""
+        return self.ids_of_type(CONTROL, UNKNOWN, BYTE)
+
+    def merges(self) -> list[str]:
+        """ "left right", first to last; `check_merges` says whether they are."""
+        return self._strings("merges")
+
+    def check_merges(self) -> None:
+        texts = {*self.tokens}
+        for i, merge in enumerate(self.merges()):
+            if " " not in merge or merge.replace(" ", "", 1) not in texts:
+                raise ModelFileError(f"tokenizer.ggml.merges[{i}]: expected two pieces with a "
+                                     f"space between that join to a token, got {merge!r}")
 
     def respell(self, respeller: Callable[[list[str]], Callable[[str], str]]) -> None:
         """Gives the ordinary tokens other texts. respeller: all their texts -> old text -> new."""
@@ -155,7 +162,6 @@ class Vocabulary:
         spell = respeller([*compress(self.tokens, ordinary)])
         self.tokens = [spell(text) if is_ordinary else text
                        for text, is_ordinary in zip(self.tokens, ordinary)]
-        self._all_ids = dict(zip(self.tokens, range(len(self.tokens))))
 
     def charsmap(self) -> np.ndarray | None:
         """The bytes of the table by which Unigram normalises a text."""
@@ -164,27 +170,27 @@ class Vocabulary:
             raise _wrong("precompiled_charsmap", "an array of bytes", value)
         return value
 
-    def _report_bad_merge(self, merges: list[str]) -> None:
-        for i, merge in enumerate(merges):
-            if " " not in merge or merge.replace(" ", "", 1) not in self._all_ids:
-                raise ModelFileError(f"tokenizer.ggml.merges[{i}]: expected two pieces with a "
-                                     f"space between that join to a token, got {merge!r}")
+    def scores(self) -> np.ndarray:
+        """float64, one for each token; 0 where the file has none."""
+        scores = self._numbers("scores")
+        scores = np.zeros(len(self.tokens)) if scores is None else scores.astype(np.float64)
+        bad = np.flatnonzero(np.isnan(scores))
+        if len(bad):
+            raise _wrong(f"scores[{bad[0]}]", "a number", float(scores[bad[0]]))
+        return scores
 
     def score_ranks(self) -> dict[str, float]:
         """piece -> minus its score."""
-        scores = self._numbers("scores") or [0.0] * len(self.tokens)
-        bad = [id for id, score in enumerate(scores) if score != score]
-        if bad:
-            raise _wrong(f"scores[{bad[0]}]", "a number", scores[bad[0]])
-        return {text: -scores[id] for text, id in self.ids_by_text().items()}
+        ranks = (-self.scores()).tolist()
+        return {text: ranks[id] for text, id in self.ids_by_text().items()}
 
-    def byte_speller(self) -> Callable[[str], list[int]]:
-        """text -> the ids of its bytes; the unknown token where the vocabulary has no bytes."""
+    def byte_speller(self) -> Callable[[bytes], list[int]]:
+        """bytes -> their ids; the unknown token where the vocabulary has no bytes."""
         of_byte = {int(self.tokens[id][3:5], 16): id for id in self.ids_of_type(BYTE)}
         rest = self.unknown(None)
 
-        def spell(text: str) -> list[int]:
-            ids = [of_byte.get(byte) for byte in text.encode()]
+        def spell(text: bytes) -> list[int]:
+            ids = [of_byte.get(byte) for byte in text]
             return rest if None in ids else ids
 
         return spell

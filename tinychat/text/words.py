@@ -46,8 +46,8 @@ def join_pairs_of_many(parts: list[str], ranks: dict[str, float], glue: str) -> 
     heap: list[tuple[float, int, int, int]] = []       # rank, left, right, length of both
 
     def push(left: int, right: int) -> None:
-        rank = ranks.get(parts[left] + glue + parts[right])
-        if rank is not None:
+        rank = ranks.get(parts[left] + glue + parts[right], _NO_RANK)
+        if rank < _NO_RANK:
             heapq.heappush(heap, (rank, left, right, len(parts[left]) + len(parts[right])))
 
     for i in range(n - 1):
@@ -86,7 +86,9 @@ def cut_between_pieces(pieces: Iterable[str], alone: str = "") -> Callable[[str]
     """Cuts before each ▁ that no piece holds behind the character before it. Joining cannot cross
     such a place, so it is exact to encode each side by itself; and the sides repeat, as words do.
     A run of the character `alone` is a word too."""
-    before = set(re.findall(f"(.){SPACE}", "\0".join(pieces), re.DOTALL)) - {SPACE, "\0"}
-    joined = f"(?:(?<=[{re.escape(''.join(sorted(before)))}]){SPACE}+[^{SPACE}{alone}]*)*"
-    word = f"{SPACE}*[^{SPACE}{alone}]+{joined if before else ''}|{SPACE}+"
+    joined = "\0".join(pieces)
+    inside = re.finditer(f"{SPACE}(?<=[^{SPACE}\0]{SPACE})", joined)     # ▁ first: `re` skips to it
+    before = {joined[match.start() - 1] for match in inside}
+    more = f"(?:(?<=[{re.escape(''.join(sorted(before)))}]){SPACE}+[^{SPACE}{alone}]*)*"
+    word = f"{SPACE}*[^{SPACE}{alone}]+{more if before else ''}|{SPACE}+"
     return re.compile(f"{alone}+|{word}" if alone else word).findall

@@ -8,6 +8,8 @@ from datetime import date
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from tinychat.errors import TemplateError
 from tinychat.text.prompt import needles
 from tinychat.text.prompt.forms import copied, neutral, whole_tool
@@ -70,12 +72,12 @@ class ChatTemplate:
         def token(token_id):
             return "" if token_id is None else tokenizer.tokens[token_id]
 
-        types = metadata.get("tokenizer.ggml.token_type", ())
+        types = metadata.get("tokenizer.ggml.token_type", ())[:len(tokenizer.tokens)]
+        special = np.flatnonzero(np.isin(types, _SPECIAL_TYPES))
         return cls(source_of(metadata),
                    tool_use=_text(metadata, "tokenizer.chat_template.tool_use"),
                    bos_token=token(tokenizer.bos_id), eos_token=token(tokenizer.eos_id),
-                   special=[token for token, kind in zip(tokenizer.tokens, types)
-                            if kind in _SPECIAL_TYPES])
+                   special=[tokenizer.tokens[id] for id in special])
 
     def render(self, messages: list[dict], tools: list[dict] | None = None, **kwargs) -> str:
         """The prompt as text. kwargs go to the template: enable_thinking, reasoning_effort, …"""
