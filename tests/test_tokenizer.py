@@ -254,7 +254,10 @@ def test_cutting_before_joining_changes_nothing(pieces, text):
 
 @pytest.mark.parametrize("name", sorted(pretokenizers._PATTERNS))
 @given(text=st.text(st.one_of(st.sampled_from(" \n\r\t'sAé1²中の。!_-😀𝐀𝟙𠀀\u0301\x1c\u3000"),
-                              st.characters(exclude_categories=["Cs"])), max_size=40))
+                              st.characters(exclude_categories=["Cs"]),
+                              st.characters(min_codepoint=0x10000, categories=[*"LMNPS"]),
+                              st.sampled_from("\U00016fe2\U00016fe3\U00016ff0\U00012400𐐀𝒶𑁦")),
+                    max_size=40))
 @settings(max_examples=40, deadline=None)
 def test_every_cut_keeps_every_character_and_the_fast_one_cuts_as_the_exact_one(name, text):
     words = pretokenizers.pretokenizer(name).cut(text)

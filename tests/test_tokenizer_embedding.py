@@ -3,11 +3,12 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers_tokenizer import charsmap, unigram_metadata, word_piece_metadata
 from tinychat.errors import ModelFileError
+from tinychat.text import wordpiece
 from tinychat.text.tokenizer import Tokenizer
 
 ANY_TEXT = st.text(st.characters(), max_size=60)
@@ -53,6 +54,22 @@ def test_punctuation_and_han_characters_are_words_of_their_own():
 
 def test_a_capital_sigma_is_lowered_the_same_at_the_end_of_a_word():
     assert tokens(word_piece_metadata(), "ΑΣ") == ["▁ασ"]
+
+
+@given(st.text(st.one_of(st.sampled_from(" é中!a\n\x00\u0301"),
+                         st.characters(exclude_categories=["Cs"]),
+                         st.characters(min_codepoint=0x10000, categories=[*"LMPS", "Cf"]),
+                         st.sampled_from("😀𠀀")), max_size=20))
+@example("\U000110ab")                 # a letter that comes apart into one and an accent
+@example("a\U000e0001b")
+@example("a𠀀b")
+@example("a𐄀b")
+def test_characters_beyond_are_looked_at_only_where_that_changes_nothing(text):
+    normalize = wordpiece.normalizer(True, True)
+    words = wordpiece.cut(normalize(text))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wordpiece, "_is_looked_for", lambda character: True)
+        assert wordpiece.cut(normalize(text)) == words
 
 
 def test_cls_and_sep_stand_round_a_prompt_once():

@@ -18,8 +18,9 @@ import numpy as np
 from tinychat.errors import ModelFileError
 
 MAX_KEY_CHARS = 24                     # looked at; real keys have up to 9
-MAX_CACHED = 100_000                   # characters, and pairs of neighbours, seen in texts
+MAX_CACHED = 100_000                   # characters seen in texts
 
+_FIRST_BYTES = (*range(1, 0x80), *range(0xC2, 0xF5))   # of a character
 _KEY = "tokenizer.ggml.precompiled_charsmap"
 _NODES_AT_ONCE = 4096
 
@@ -38,21 +39,15 @@ class Charsmap:
         _check(trie, self._replacements)
         self._trie: list[int] = trie.tolist()
         self._singles = _Singles(self)
-        self._pairs: dict[tuple[str, str], bool] = {}
+        self._seconds_of: dict[str, frozenset[int]] = {}
 
     def replace(self, text: str) -> str:
         """text with each longest key replaced, from left to right."""
         if not self._trie:
             return text
-        pairs = {first + second for first, second in set(zip(text, text[1:]))
-                 if self._is_pair(first, second)}
-        if not pairs:                  # keys of several characters hold accents, and are rare
-            return text.translate(self._singles)
         parts, done = [], 0
-        firsts, seconds = (re.escape("".join(sorted(side))) for side in map(set, zip(*pairs)))
-        for match in re.finditer(f"[{firsts}](?=[{seconds}])", text):
-            start = match.start()
-            if start < done or text[start:start + 2] not in pairs:
+        for start in self._pairs(text):
+            if start < done:
                 continue
             n, value = self.longest(text[start:start + MAX_KEY_CHARS])
             if n > 1:
@@ -60,19 +55,38 @@ class Charsmap:
                 done = start + n
         return "".join([*parts, text[done:].translate(self._singles)])
 
-    def _is_pair(self, first: str, second: str) -> bool:
-        found = self._pairs.get((first, second))
+    def _pairs(self, text: str) -> list[int]:
+        """Where keys of several characters may begin. They hold accents, and are rare."""
+        present = {*text}
+        firsts = {c: seconds for c in present if (seconds := self._seconds(c))}
+        leads = frozenset().union(*firsts.values())
+        seconds = [c for c in present if c.encode()[0] in leads]
+        if not seconds:
+            return []
+        first, second = (re.escape("".join(sorted(side))) for side in (firsts, seconds))
+        found = re.finditer(f"[{second}](?<=[{first}][{second}])", text)   # the rare ones first
+        starts = [match.start() - 1 for match in found]
+        pairs = {pair for pair in {text[start:start + 2] for start in starts}
+                 if len(self._walk(pair.encode())[0]) == len(pair.encode())}
+        return [start for start in starts if text[start:start + 2] in pairs]
+
+    def _seconds(self, character: str) -> frozenset[int]:
+        """The first bytes of the characters that go on with a key after this one."""
+        found = self._seconds_of.get(character)
         if found is None:
-            if len(self._pairs) >= MAX_CACHED:
-                self._pairs.clear()
-            key = (first + second).encode()
-            found = self._pairs[first, second] = len(self._walk(key)) == len(key)
+            if len(self._seconds_of) >= MAX_CACHED:
+                self._seconds_of.clear()
+            data = character.encode()
+            steps, base = self._walk(data)
+            found = self._seconds_of[character] = frozenset(
+                byte for byte in _FIRST_BYTES if len(steps) == len(data)
+                and self._is_child(base ^ byte, byte))
         return found
 
     def longest(self, text: str) -> tuple[int, str]:
         """The longest key at the head of a text: how many characters (0: none), what for."""
         data = text.encode()
-        steps = self._walk(data)
+        steps, _ = self._walk(data)
         for n in range(len(steps), 0, -1):
             at_its_end = n == len(data) or data[n] & 0xC0 != 0x80      # of a character
             if steps[n - 1] is not None and at_its_end:
@@ -82,17 +96,21 @@ class Charsmap:
                                                                                   "replace")
         return 0, ""
 
-    def _walk(self, data: bytes) -> list[int | None]:
-        """For each byte, as far as the trie goes: the place of a replacement, if it ends a key."""
+    def _walk(self, data: bytes) -> tuple[list[int | None], int]:
+        """For each byte, as far as the trie goes: the place of a replacement, if it ends a key.
+        And where the children of the last one stand."""
         trie, steps = self._trie, []
         base = _base(trie[0])
         for byte in data:
             place = base ^ byte
-            if not byte or place >= len(trie) or trie[place] & 0x800000FF != byte:
+            if not byte or not self._is_child(place, byte):
                 break
             base = place ^ _base(trie[place])
             steps.append(trie[base] & 0x7FFFFFFF if trie[place] & 0x100 else None)
-        return steps
+        return steps, base
+
+    def _is_child(self, place: int, byte: int) -> bool:
+        return place < len(self._trie) and self._trie[place] & 0x800000FF == byte
 
 
 class _Singles(dict):

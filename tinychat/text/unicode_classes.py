@@ -18,12 +18,21 @@ HAN = ("\u2e80-\u2e99\u2e9b-\u2ef3\u2f00-\u2fd5\u3005\u3007\u3021-\u3029\u3038-\
        "\U00016ff0\U00016ff1\U00020000-\U0002a6df\U0002a700-\U0002ebe0\U0002ebf0-\U0002ee5d"
        "\U0002f800-\U0002fa1d\U00030000-\U000323af")
 
+BEYOND = re.compile("[\U00010000-\U0010ffff]")
+
 _CATEGORIES = ("Cc Cf Cn Co Cs Ll Lm Lo Lt Lu Mc Me Mn Nd Nl No Pc Pd Pe Pf Pi Po Ps Sc Sk Sm So "
                "Zl Zp Zs").split()
 _CODES = {name: chr(ord("A") + i) for i, name in enumerate(_CATEGORIES)}
 _HAN_CODE = "-"
 # Up to U+FFFF, and all beyond that is not for private use (the last: tags, variation selectors).
 _CHARACTERS = (range(0x10000), (*range(0x10000, 0x40000), *range(0xE0000, 0xE1000)))
+
+# For the categories that go beyond U+FFFF, but Nl: it has none up to U+0800, where a list begins.
+_STAND_INS = dict(zip("Lu Ll Lm Lo Mn Mc Nd No Pd Po Sc Sk Sm So".split(),
+                      "\u0531\u0561\u02b0\u05d0\u0591\u0903\u0660\u00bd\u058a\u055a\u058f\u02c2"
+                      "\u03f6\u0482"))
+_HAN_STAND_INS = {"Lo": "\u4e00"}
+_ANY_HAN = re.compile(f"[{HAN}]")
 
 _CLASS = re.compile(r"\\p\{([\w-]+)\}")
 _PIECES = re.compile(rf"{_CLASS.pattern}|\\.|\[|\]|[^\\\[\]]+", re.DOTALL)
@@ -51,9 +60,25 @@ def expand(pattern: str, beyond: bool = True) -> str:
     return "".join(parts)
 
 
-def members_beyond(pattern: str) -> str:
-    """What `expand(pattern, beyond=False)` leaves out of all classes, as between brackets."""
-    return "".join(_members_of(name, True) for name in sorted(set(_CLASS.findall(pattern))))
+def categories_in(pattern: str) -> frozenset[str]:
+    r"""The general categories that a pattern's classes hold, and "Han" if it is there.
+
+    >>> sorted(categories_in(r"[\p{Han}\p{Lu-Han}]\p{S}"))
+    ['Han', 'Lu', 'Sc', 'Sk', 'Sm', 'So']
+    """
+    names = {name.partition("-")[0] for name in _CLASS.findall(pattern)}
+    found = {category for name in names for category in _CATEGORIES if category.startswith(name)}
+    return frozenset(found | names & {"Han"})
+
+
+def stand_in(character: str, categories: frozenset[str]) -> str | None:
+    """What is cut as `character` by a pattern with these categories: a character up to U+FFFF that
+    no list of characters in `pretokenizers` names, or itself if it is of none of them. None if
+    nothing is."""
+    category = unicodedata.category(character)
+    if "Han" in categories and _ANY_HAN.match(character):
+        return _HAN_STAND_INS.get(category)
+    return _STAND_INS.get(category) if category in categories else character
 
 
 def _members(name: str, beyond: bool) -> str:

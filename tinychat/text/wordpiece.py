@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from functools import cache
 
-from tinychat.text.unicode_classes import expand
+from tinychat.text.unicode_classes import BEYOND, expand
 from tinychat.text.words import SPACE
 
 MAX_WORD_CHARS = 100                   # a longer word is the unknown token
@@ -25,25 +25,34 @@ _HAN_BEYOND = ("\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
                "\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f")
 
 
+_ANY_HAN_BEYOND = re.compile(f"[{_HAN_BEYOND}]")
+
+
 @cache
 def _patterns(beyond: bool) -> tuple[re.Pattern, re.Pattern, re.Pattern]:
     """Control characters, accents, words; without what lies beyond U+FFFF they are faster."""
     alone = rf"\p{{P}}{_ASCII_SYMBOLS}{_HAN}{_HAN_BEYOND if beyond else ''}"
-    control, word = r"(?![\t\n\r])[\p{Cc}\p{Cf}\p{Co}\ufffd]", rf"[{alone}]|[^\s{alone}]+"
+    control, word = r"[\p{Cc}\p{Cf}\p{Co}\ufffd](?<![\t\n\r])", rf"[{alone}]|[^\s{alone}]+"
     return tuple(re.compile(expand(pattern, beyond)) for pattern in (control, r"\p{Mn}", word))
 
 
 def _patterns_for(text: str) -> tuple[re.Pattern, re.Pattern, re.Pattern]:
-    return _patterns(not text.isascii() and max(text) > "\uffff")
+    """Emoji and most letters beyond U+FFFF are of no class that is looked for."""
+    return _patterns(not text.isascii() and any(map(_is_looked_for, {*BEYOND.findall(text)})))
+
+
+def _is_looked_for(character: str) -> bool:
+    is_han = _ANY_HAN_BEYOND.match(character) is not None
+    return is_han or unicodedata.category(character)[0] in "CMP"
 
 
 def normalizer(lowercase: bool, strip_accents: bool) -> Callable[[str], str]:
     """text -> text without control characters, and as asked without accents, in lower case."""
     def normalize(text: str) -> str:
-        control, accents, _ = _patterns_for(text)
-        text = control.sub("", text)
+        text = _patterns_for(text)[0].sub("", text)
         if strip_accents and not text.isascii():
-            text = accents.sub("", unicodedata.normalize("NFD", text))
+            text = unicodedata.normalize("NFD", text)
+            text = _patterns_for(text)[1].sub("", text)
         if lowercase:                  # Σ by itself, for Python makes it ς where a word ends
             text = text.replace("Σ", "σ").lower()
         return text
