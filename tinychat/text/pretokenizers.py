@@ -11,10 +11,11 @@ Source: ggml-org/llama.cpp: src/llama-vocab.cpp, for the names and what they sta
 """
 import logging
 import re
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
 
 from tinychat.text.unicode_classes import BEYOND, categories_in, expand, stand_in
 
@@ -187,10 +188,20 @@ def _cutter(pattern_name: str) -> Cutter:
         if None in stand_ins.values():
             return _exact_cutter(pattern_name)(text)
         words = fast(BEYOND.sub(lambda match: stand_ins[match[0]], text))
-        ends = [0, *accumulate(map(len, words))]
-        return [text[start:end] for start, end in pairwise(ends)]
+        _put_back(words, text)
+        return words
 
     return cut
+
+
+def _put_back(words: list[str], text: str) -> None:
+    """Makes the words that hold stand-ins those of the text."""
+    ends, end = [*accumulate(map(len, words))], 0
+    for match in BEYOND.finditer(text):
+        if match.start() >= end:
+            i = bisect_right(ends, match.start())
+            end = ends[i]
+            words[i] = text[end - len(words[i]):end]
 
 
 @cache
