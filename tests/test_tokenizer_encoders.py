@@ -1,7 +1,6 @@
 """The compiled ways to encode a word give what the plain ones give, for any vocabulary and text."""
 import random
 import struct
-import sys
 import time
 from itertools import product
 from types import SimpleNamespace
@@ -32,8 +31,9 @@ SEVERAL = settings(max_examples=150, deadline=None)
 
 def both(metadata):
     """The same tokenizer compiled and plain."""
-    compiled = Tokenizer.from_metadata(metadata)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYCHAT_PURE", "0")
+        compiled = Tokenizer.from_metadata(metadata)
         patch.setenv("TINYCHAT_PURE", "1")
         plain = Tokenizer.from_metadata(metadata)
     assert is_compiled(compiled) and not is_compiled(plain)
