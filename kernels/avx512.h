@@ -7,7 +7,7 @@
 typedef __m512i vint;
 typedef __m512 vfloat;
 
-enum { LANES = 16, SIGNED_FROM = 256 }; /* never */
+enum { LANES = 16 };
 
 #define vi_load(p) _mm512_loadu_si512(p)
 #define vi_and _mm512_and_si512

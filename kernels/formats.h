@@ -167,6 +167,15 @@ _Static_assert(sizeof(act_block) == 44, "a row of activations has no holes");
 /* Below this a block of activations counts as zero: 127 / amax must stay finite. */
 #define ACT_TINY 1e-30f
 
+/* What a block's q are scaled with; first, second: the sums of its halves */
+static inline void set_act_scales(act_block *out, float amax, int first, int second)
+{
+    out->d = amax <= ACT_TINY ? 0.0f : amax / 127.0f;
+    out->d_sum = out->d * (float)(first + second);
+    out->sum16[0] = (int16_t)first;
+    out->sum16[1] = (int16_t)second;
+}
+
 /* The slot `dequantize_row` of every table. */
 void linear_dequantize_row(int32_t qtype, const uint8_t *src, int64_t n_cols, float *out);
 

@@ -24,6 +24,9 @@
 #endif
 
 #include "avx512.h"
+
+enum { SIGNED_FROM = 1 };
+
 #include "decode_simd.h"
 
 enum {
@@ -56,7 +59,7 @@ INLINE vint join_bytes(vint even, vint odd)
     return vi_or(vi_and(even, vi_set16(255)), vi_left16(odd, 8));
 }
 
-/* The sub-scale of either half in both halves of each lane; sub: of a kind that is not Q6_K. */
+/* The sub-scale of either half in both int16 of each lane */
 INLINE vint scale_of_half(int kind, const sub_scales *sub, int half)
 {
     if (kind == Q6_K) {
@@ -67,7 +70,7 @@ INLINE vint scale_of_half(int kind, const sub_scales *sub, int half)
                 : vi_or(vi_and(sub->first, vi_set32(0xffff)), vi_left32(sub->first, 16));
 }
 
-/* Q3_K's products are -124 to 128; 2 less fit a byte, and add_block makes up for it. */
+/* Q3_K's products are -124 to 128; 2 less fit a byte, and scale_sums makes up for it. */
 enum { Q3_K_SHIFT = 2 };
 
 /* Sub-scales are multiplied into the codes: 0 to 45 for Q2_K; Q6_K's -4096 to 4096 need two
@@ -101,7 +104,6 @@ INLINE void decode_blocks(int kind, const packed_matrix *m, int64_t tile, int64_
     const int blocks = f.file_cols / 32;
     const uint8_t *scales = m->data + tile * m->tile_bytes,
                   *codes = scales + scale_plane_bytes(kind, m->n_cols) + first * f.code_bytes;
-    const vint offset = vi_set8((char)f.offset);
     scale_group group;
     scales += first / blocks * f.scale_bytes;
     for (int64_t i = 0; i < n; i++, codes += f.code_bytes) {
@@ -116,8 +118,6 @@ INLINE void decode_blocks(int kind, const packed_matrix *m, int64_t tile, int64_
         out->m[i] = b.m;
         if (f.form == FORM_SUB_MIN)
             out->min[i] = b.min;
-        for (int g = 0; g < 8 && f.offset; g++)
-            w[g] = _mm512_sub_epi8(w[g], offset);
         if (f.form == FORM_SUB || f.form == FORM_SUB_MIN) {
             scale_codes(kind, w, &b.sub, out->codes[1][i], out->codes[0][i]);
             continue;

@@ -174,10 +174,7 @@ static void quantize_row(const float *x, int64_t n_cols, void *act)
         const __m256 inverse = _mm256_set1_ps(amax <= ACT_TINY ? 0.0f : 127.0f / amax);
         const int first = quantize_half(x, inverse, out->q),
                   second = quantize_half(x + 16, inverse, out->q + 16);
-        out->sum16[0] = (int16_t)first;
-        out->sum16[1] = (int16_t)second;
-        out->d = amax <= ACT_TINY ? 0.0f : amax / 127.0f;
-        out->d_sum = out->d * (float)(first + second);
+        set_act_scales(out, amax, first, second);
     }
 }
 

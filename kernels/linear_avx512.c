@@ -12,7 +12,7 @@
 
 #include "avx512.h"
 
-enum { MAX_TOKENS = 12, FLOAT_TOKENS = 8, FLOAT_TILES = 4, TOKENS_TILES = 2 };
+enum { SIGNED_FROM = 256 /* never */, MAX_TOKENS = 12, FLOAT_TOKENS = 8, FLOAT_TILES = 4, TOKENS_TILES = 2 };
 
 #define DOT(s, w, q, g) s = _mm512_dpbusd_epi32(s, w[g], vi_splat32((q) + 4 * (g)))
 
@@ -62,10 +62,8 @@ static void quantize_row(const float *x, int64_t n_cols, void *act)
             const __m512i q = _mm512_cvtps_epi32(v[half]);
             _mm_storeu_si128((__m128i *)(out->q + 16 * half), _mm512_cvtepi32_epi8(q));
             sums[half] = _mm512_reduce_add_epi32(q);
-            out->sum16[half] = (int16_t)sums[half];
         }
-        out->d = amax <= ACT_TINY ? 0.0f : amax / 127.0f;
-        out->d_sum = out->d * (float)(sums[0] + sums[1]);
+        set_act_scales(out, amax, sums[0], sums[1]);
     }
 }
 

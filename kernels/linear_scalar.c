@@ -28,7 +28,6 @@ static void quantize_block(const float *x, act_block *out)
 {
     float amax = largest_magnitude(x);
     float inverse = amax <= ACT_TINY ? 0.0f : 127.0f / amax;
-    out->d = amax <= ACT_TINY ? 0.0f : amax / 127.0f;
     int sums[2] = {0, 0};
     for (int k = 0; k < 32; k++) {
         float v = x[k] * inverse;
@@ -39,9 +38,7 @@ static void quantize_block(const float *x, act_block *out)
                              12582912.0f); /* 1.5 * 2^23: the sum has no room for a fraction */
         sums[k / 16] += out->q[k];
     }
-    out->sum16[0] = (int16_t)sums[0];
-    out->sum16[1] = (int16_t)sums[1];
-    out->d_sum = out->d * (float)(sums[0] + sums[1]);
+    set_act_scales(out, amax, sums[0], sums[1]);
 }
 
 static void quantize_row(const float *x, int64_t n_cols, void *act)

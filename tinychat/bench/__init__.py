@@ -36,7 +36,7 @@ class Plan:
 
     @property
     def n_ctx(self) -> int:
-        return max(self.n_prompt, max(DECODE_PROMPT, *self.depths, 0) + self.n_generate) + 1
+        return max(self.n_prompt, max([DECODE_PROMPT, *self.depths]) + self.n_generate) + 1
 
 
 def run(name: str, plan: Plan, *, n_runs: int, threads: int | None = None,
@@ -48,7 +48,7 @@ def run(name: str, plan: Plan, *, n_runs: int, threads: int | None = None,
     Raises: TinychatError.
     """
     ours, rivals = [], []
-    with Library(threads=threads, parallel=max(1, *plan.streams, 1),
+    with Library(threads=threads, parallel=max([1, *plan.streams]),
                  prompt_lookup=False) as library:  # one token a step
         entry = library.resolve(name)
         if entry.type != "llm":
@@ -106,10 +106,11 @@ def operations_per_token(program: Program) -> int:
     n = 0
     for op in program.ops:
         if op.name in ("linear", "head_linear", "experts") and op.out.rows == "tokens":
-            shape = op.weights[0].shape
-            share = op.out.width / shape[-2] if op.name == "experts" else 1
-            n += 2 * math.prod(shape[-2:] if op.name == "experts" else shape) * share
-    return int(n)
+            weight = op.weights[0]
+            # of the experts' matrices a token takes as many as there are results side by side
+            n += 2 * (op.out.width * weight.shape[-1] if op.name == "experts"
+                      else math.prod(weight.shape))
+    return n
 
 
 def medians(runs: list[dict]) -> dict:
