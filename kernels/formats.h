@@ -213,6 +213,28 @@ static inline float float_of_bits(uint32_t bits)
     return f;
 }
 
+/* The largest |x|; compared as integers, so that a NaN is larger than all and stays. */
+static inline float largest_magnitude(const float *x, int64_t n)
+{
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffffu;
+        largest = bits > largest ? bits : largest;
+    }
+    return float_of_bits(largest);
+}
+
+/* To the nearest, ties to even. A product may end just above 127; infinity and NaN, which have no
+ * int8, are left to the scale. */
+static inline int8_t nearest_int8(float v)
+{
+    v = v < 127.0f ? v : 127.0f;
+    v = v > -127.0f ? v : -127.0f;
+    return (int8_t)(v + 12582912.0f - 12582912.0f); /* 1.5 * 2^23: no room for a fraction */
+}
+
 /* float16 -> float32, exact; denormals by a product, so that no flush-to-zero mode loses them. */
 static inline float float_of_f16(uint16_t h)
 {

@@ -26,21 +26,10 @@ INLINE void store_f16(uint16_t *to, int64_t stride, const float *from, int64_t n
  * and NaN are left to d. */
 INLINE uint16_t quantize_group(const float *x, int64_t n, int8_t *q)
 {
-    uint32_t high_bits = 0; /* compared as integers, a NaN is larger than all and stays */
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t bits;
-        memcpy(&bits, x + i, 4);
-        bits &= 0x7fffffffu;
-        high_bits = bits > high_bits ? bits : high_bits;
-    }
-    const float high = float_of_bits(high_bits);
+    const float high = largest_magnitude(x, n);
     const float inverse = high <= ACT_TINY ? 0.0f : 127.0f / high;
-    for (int64_t i = 0; i < n; i++) {
-        float v = x[i] * inverse;
-        v = v < 127.0f ? v : 127.0f;
-        v = v > -127.0f ? v : -127.0f;
-        q[i] = (int8_t)(v + 12582912.0f - 12582912.0f); /* 1.5 * 2^23: no room for a fraction */
-    }
+    for (int64_t i = 0; i < n; i++)
+        q[i] = nearest_int8(x[i] * inverse);
     return f16_of_float(high / 127.0f);
 }
 

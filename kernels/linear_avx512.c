@@ -12,7 +12,8 @@
 
 #include "avx512.h"
 
-enum { SIGNED_FROM = 256 /* never */, MAX_TOKENS = 12, FLOAT_TOKENS = 8, FLOAT_TILES = 4, TOKENS_TILES = 2 };
+enum { SIGNED_FROM = 256 /* never */, MAX_TOKENS = 12, FLOAT_TOKENS = 8, FLOAT_TILES = 4,
+       TOKENS_TILES = 2 };
 
 #define DOT(s, w, q, g) s = _mm512_dpbusd_epi32(s, w[g], vi_splat32((q) + 4 * (g)))
 

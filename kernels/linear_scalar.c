@@ -10,32 +10,14 @@ enum { CHUNK = 8 }; /* tokens that share one decoding of a block */
 
 /* ---- activations ---- */
 
-/* The largest |x|; compared as integers, so that a NaN is larger than all and stays. */
-static float largest_magnitude(const float *x)
-{
-    uint32_t largest = 0;
-    for (int k = 0; k < 32; k++) {
-        uint32_t bits;
-        memcpy(&bits, x + k, 4);
-        bits &= 0x7fffffffu;
-        largest = bits > largest ? bits : largest;
-    }
-    return float_of_bits(largest);
-}
-
 /* q = x / d to the nearest (ties to even), d = max|x| / 127. */
 static void quantize_block(const float *x, act_block *out)
 {
-    float amax = largest_magnitude(x);
+    float amax = largest_magnitude(x, 32);
     float inverse = amax <= ACT_TINY ? 0.0f : 127.0f / amax;
     int sums[2] = {0, 0};
     for (int k = 0; k < 32; k++) {
-        float v = x[k] * inverse;
-        v = v < 127.0f ? v : 127.0f; /* a product may end just above; infinity and NaN, which have
-                                        no int8, are left to d */
-        v = v > -127.0f ? v : -127.0f;
-        out->q[k] = (int8_t)(v + 12582912.0f -
-                             12582912.0f); /* 1.5 * 2^23: the sum has no room for a fraction */
+        out->q[k] = nearest_int8(x[k] * inverse);
         sums[k / 16] += out->q[k];
     }
     set_act_scales(out, amax, sums[0], sums[1]);
